@@ -1,0 +1,45 @@
+"""Curvature-Aware Policy Optimization (CAPO, arXiv 2510.00819): mask the tokens that would break the run.
+
+Read the package in the paper's order: `last_layer`, `step`, `shifts`, `selection`, then the adapter `trl`.
+`reference` is the dense oracle the fast forms are proved against.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capo_rl.config import CAPOConfig as CAPOConfig
+    from capo_rl.selection import Thresholds as Thresholds
+    from capo_rl.selection import select as select
+    from capo_rl.shifts import Shifts as Shifts
+    from capo_rl.shifts import subset_shifts as subset_shifts
+    from capo_rl.shifts import token_shifts as token_shifts
+    from capo_rl.step import AdamStep as AdamStep
+    from capo_rl.step import SGDStep as SGDStep
+    from capo_rl.trl import CAPOTrainer as CAPOTrainer
+
+__version__ = "0.1.0"
+
+# Names load on first use, so that `capo --help` and the curvature model don't wait for TRL.
+_HOMES = {
+    "SGDStep": "step",
+    "AdamStep": "step",
+    "Shifts": "shifts",
+    "token_shifts": "shifts",
+    "subset_shifts": "shifts",
+    "Thresholds": "selection",
+    "select": "selection",
+    "CAPOConfig": "config",
+    "CAPOTrainer": "trl",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

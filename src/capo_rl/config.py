@@ -1,0 +1,116 @@
+"""CAPO's own settings on top of TRL's: new fields only, with the paper's defaults (Tables 2 and 4)."""
+
+# No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from capo_rl.selection import Thresholds
+
+_CHOICES = {
+    "capo_mode": ("off", "monitor", "mask"),
+    "capo_advantage": ("group", "reward"),
+    "capo_granularity": ("token", "sequence", "group", "batch"),
+    "capo_step": ("adam", "sgd"),
+    "capo_fisher": ("sampled", "expected"),
+}
+
+# The losses whose denominators are defined on accepted tokens (docs/algorithm.md, "Denominators").
+MASKABLE_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
+
+
+@dataclass
+class CAPOConfig(GRPOConfig):
+    """Every setting of `trl.GRPOConfig`, and those of the curvature model and its selection.
+
+    Raises `ValueError`, naming the field and the fix, for settings that contradict one another.
+
+    >>> config = CAPOConfig(output_dir="runs/example", report_to="none", bf16=False, use_cpu=True)
+    >>> config.thresholds
+    Thresholds(fisher=0.0001, hessian=(-0.01, 0.01))
+    """
+
+    capo_mode: str = field(
+        default="mask",
+        metadata={
+            "help": "`mask` leaves rejected tokens out of the gradient; `monitor` computes and logs the shifts and "
+            "changes nothing; `off` is TRL's own trainer.",
+            "choices": _CHOICES["capo_mode"],
+        },
+    )
+    capo_advantage: str = field(
+        default="group",
+        metadata={
+            "help": "`group`: TRL's group-relative advantage (GRPO, Dr.GRPO). `reward`: the raw reward (REINFORCE).",
+            "choices": _CHOICES["capo_advantage"],
+        },
+    )
+    capo_granularity: str = field(
+        default="token",
+        metadata={
+            "help": "What is accepted or rejected as one: a token (the paper's choice), or a sequence, group or batch, "
+            "each as far as it lies inside one micro-batch.",
+            "choices": _CHOICES["capo_granularity"],
+        },
+    )
+    capo_fisher_threshold: float | None = field(
+        default=1e-4,
+        metadata={"help": "delta_F: a token is kept if m_F <= delta_F (Eq. 11, Table 4). `inf` or null: no bound."},
+    )
+    capo_hessian_low: float | None = field(
+        default=-1e-2,
+        metadata={"help": "Lower bound on m_H (Eq. 11, Table 4). `-inf` or null: no bound."},
+    )
+    capo_hessian_high: float | None = field(
+        default=1e-2,
+        metadata={"help": "Upper bound on m_H (Eq. 11, Table 4). `inf` or null: no bound."},
+    )
+    capo_step: str = field(
+        default="adam",
+        metadata={
+            "help": "The model of the optimizer's step on the last layer (Section 4.1).",
+            "choices": _CHOICES["capo_step"],
+        },
+    )
+    capo_fisher: str = field(
+        default="sampled",
+        metadata={
+            "help": "m_F from the sampled action (`sampled`, Eq. 58) or its exact expectation over actions "
+            "(`expected`, lower variance).",
+            "choices": _CHOICES["capo_fisher"],
+        },
+    )
+    capo_top_k: int | None = field(
+        default=50,
+        metadata={"help": "Vocabulary rows kept for each token (Section 4.1); null or k >= V: the whole vocabulary."},
+    )
+    capo_max_missing_mass: float = field(
+        default=0.1,
+        metadata={
+            "help": "A token whose support misses more probability than this is counted in "
+            "`capo/missing_mass/above_bound`, and a warning is given."
+        },
+    )
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The bounds of Eq. 11 as one object."""
+        return Thresholds(self.capo_fisher_threshold, (self.capo_hessian_low, self.capo_hessian_high))
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        _ = self.thresholds  # refuses negative or swapped bounds
+        if self.capo_top_k is not None and self.capo_top_k < 1:
+            raise ValueError(f"capo_top_k={self.capo_top_k} must be at least 1, or null for the whole vocabulary")
+        if not 0 <= self.capo_max_missing_mass <= 1:
+            raise ValueError(f"capo_max_missing_mass={self.capo_max_missing_mass} is a probability: give it in [0, 1]")
+        if self.capo_mode == "mask" and self.loss_type not in MASKABLE_LOSSES:
+            raise ValueError(
+                f"capo_mode='mask' has no denominators for loss_type={self.loss_type!r}: "
+                f"use one of {', '.join(MASKABLE_LOSSES)}, or capo_mode='monitor'"
+            )
+        if self.trust_remote_code:
+            raise ValueError("trust_remote_code=True runs foreign code: set it to false")
+        super().__post_init__()

@@ -1,0 +1,199 @@
+"""The model of the last layer: from hidden states and logits to (h, support, π, u) at each token.
+
+Logits are z = W h / T, the policy is π = softmax(z), and for a sampled token a the score of W is u hᵀ with
+u = (e_a − π) / T (Eq. 7, 33; the paper has T = 1). Everything the curvature model needs of a token is its hidden
+state and these few numbers; W itself is never read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
+_TILE = {"cpu": 2**18}
+_TILE_ELSEWHERE = 2**24
+
+
+def tile_elements(device: torch.device) -> int:
+    """How many elements a temporary may have on `device`."""
+    return _TILE.get(device.type, _TILE_ELSEWHERE)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer at N tokens, on the k vocabulary rows that carry probability there.
+
+    hidden [N, d]      h, the input of the output head
+    support [N, k]     vocabulary rows: the top k of π and the sampled token (Section 4.1), or all of them
+    pi [N, k]          π on the support
+    u [N, k]           (e_a − π) / T on the support
+    missing_mass [N]   1 − Σ_support π: the probability the support leaves out
+    log_pi_a [N]       log π(a)
+    temperature        T
+    """
+
+    hidden: Tensor
+    support: Tensor
+    pi: Tensor
+    u: Tensor
+    missing_mass: Tensor
+    log_pi_a: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def __getitem__(self, tokens: Tensor) -> LastLayer:
+        """The same model at some of the tokens: a boolean mask or indices [M]."""
+        return LastLayer(
+            self.hidden[tokens],
+            self.support[tokens],
+            self.pi[tokens],
+            self.u[tokens],
+            self.missing_mass[tokens],
+            self.log_pi_a[tokens],
+            self.temperature,
+        )
+
+    @staticmethod
+    def cat(layers: list[LastLayer]) -> LastLayer:
+        """The tokens of several models after one another. All share one support size and temperature."""
+        return LastLayer(
+            torch.cat([layer.hidden for layer in layers]),
+            torch.cat([layer.support for layer in layers]),
+            torch.cat([layer.pi for layer in layers]),
+            torch.cat([layer.u for layer in layers]),
+            torch.cat([layer.missing_mass for layer in layers]),
+            torch.cat([layer.log_pi_a for layer in layers]),
+            layers[0].temperature,
+        )
+
+
+def check_tokens(hidden: Tensor, actions: Tensor, advantages: Tensor, temperature: float) -> None:
+    """Raises `ValueError` where the shapes or the temperature cannot be those of N tokens."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: flatten it to [N, d]")
+    for name, tensor in (("actions", actions), ("advantages", advantages)):
+        if tensor.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; hidden has {len(hidden)} tokens: give [N]")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0: the model differentiates the sampled softmax")
+
+
+def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """The logits a few rows at a time, each with the tokens it belongs to.
+
+    A tensor [N, V] is cut into blocks of bounded size; an iterable of [n, V] tensors, whose rows follow one another,
+    is taken as it comes, so that a caller who projects on the fly never holds [N, V].
+
+    Raises `ValueError` if the rows do not add up to the number of tokens.
+    """
+    if isinstance(logits, Tensor):
+        # Working copies of a block (its float form, its exponentials) stay a small part of the input.
+        rows = max(1, 16 * tile_elements(logits.device) // max(1, logits.shape[-1]))
+        logits = logits.split(rows)
+    start = 0
+    for chunk in logits:
+        stop = start + len(chunk)
+        if stop > tokens:
+            raise ValueError(f"logits have more rows than there are tokens: {stop} for {tokens}")
+        yield slice(start, stop), chunk
+        start = stop
+    if start != tokens:
+        raise ValueError(f"logits have fewer rows than there are tokens: {start} for {tokens}")
+
+
+def last_layer(
+    hidden: Tensor, logits: Tensor, actions: Tensor, *, temperature: float = 1.0, top_k: int | None = None
+) -> LastLayer:
+    """The last layer at N tokens on its support: the `top_k` likeliest rows and the sampled one.
+
+    hidden [N, d], logits [N, V] before temperature, actions [N]. With `top_k` None or at least V the support is
+    the whole vocabulary. Otherwise it has k + 1 columns; where the sampled token is among the top k already, its
+    second entry carries π = u = 0, which adds nothing to any sum.
+    """
+    vocabulary = logits.shape[-1]
+    z = logits.to(compute_dtype(logits.dtype)) / temperature
+    log_normaliser = z.logsumexp(-1, keepdim=True)
+    log_pi_a = (z.gather(1, actions[:, None]) - log_normaliser).squeeze(1)
+    if top_k is None or top_k >= vocabulary:
+        support = torch.arange(vocabulary, device=z.device).expand(len(z), -1)
+        pi = (z - log_normaliser).exp_()
+        is_action = support == actions[:, None]
+        # Over the whole vocabulary what is left is rounding, not missing mass.
+        missing_mass = pi.new_zeros(len(pi))
+    else:
+        top, support = z.topk(top_k, dim=-1, sorted=False)
+        repeated = (support == actions[:, None]).any(-1, keepdim=True)
+        support = torch.cat([support, actions[:, None]], dim=-1)
+        pi = (torch.cat([top, z.gather(1, actions[:, None])], dim=-1) - log_normaliser).exp_()
+        counted = torch.cat([torch.ones_like(top, dtype=torch.bool), ~repeated], dim=-1)
+        pi = pi.where(counted, 0)
+        is_action = (support == actions[:, None]) & counted
+        missing_mass = (1 - pi.sum(-1)).clamp(min=0)
+    # 1 − π_a as the mass of all others: for a token that is almost certain the difference would be all rounding.
+    others = pi.where(~is_action, 0).sum(-1) + missing_mass
+    return LastLayer(
+        hidden=hidden,
+        support=support,
+        pi=pi,
+        u=torch.where(is_action, others[:, None], -pi) / temperature,
+        missing_mass=missing_mass,
+        log_pi_a=log_pi_a,
+        temperature=temperature,
+    )
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few columns at a time.
+
+    rows [P]       the vocabulary row of each (subset, row) pair that some token of the subset supports
+    pair [N, k]    which pair a token's support entry belongs to
+    weights [P, N] sparse, w_i u_ij: the gradient is weights @ hidden
+    hidden [N, d]
+    """
+
+    rows: Tensor
+    pair: Tensor
+    weights: Tensor
+    hidden: Tensor
+
+    def columns(self, dims: slice) -> Tensor:
+        """The gradient's columns `dims`, [P, width]."""
+        return self.weights @ self.hidden[:, dims].to(self.weights.dtype)
+
+
+def row_gradient(layer: LastLayer, weights: Tensor, subsets: Tensor | None = None) -> RowGradient:
+    """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
+
+    weights [N]; subsets [N] holds each token's subset number, None means one subset of all tokens.
+    The dense gradient has V·d entries a subset; this keeps the N·k weights and lets the caller take columns.
+    """
+    key = layer.support
+    vocabulary = 0
+    if subsets is not None and key.numel():
+        vocabulary = int(key.max()) + 1
+        key = key + vocabulary * subsets[:, None]
+    pairs, pair = torch.unique(key, return_inverse=True)
+    tokens = torch.arange(len(layer), device=key.device)[:, None].expand_as(pair)
+    values = weights.to(layer.u.dtype)[:, None] * layer.u
+    with warnings.catch_warnings():
+        # torch says once a process that its CSR layout is in beta and that it does not check what is built here
+        warnings.filterwarnings("ignore", message="Sparse")
+        matrix = torch.sparse_coo_tensor(
+            torch.stack([pair.reshape(-1), tokens.reshape(-1)]),
+            values.reshape(-1),
+            (len(pairs), len(layer)),
+        ).to_sparse_csr()
+    return RowGradient(pairs % vocabulary if vocabulary else pairs, pair, matrix, layer.hidden)

@@ -1,0 +1,102 @@
+"""The step models against `torch.optim`, and their state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from capo_rl import AdamStep, SGDStep
+from capo_rl.last_layer import LastLayer, last_layer, row_gradient
+
+
+def tokens(seed: int, n: int = 5, d: int = 3, vocabulary: int = 40, top_k: int | None = 4) -> LastLayer:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(n, vocabulary, generator=generator, dtype=torch.float64)
+    return last_layer(hidden, logits, torch.randint(vocabulary, (n,), generator=generator), top_k=top_k)
+
+
+def dense(layer: LastLayer, weights: torch.Tensor, vocabulary: int = 40) -> torch.Tensor:
+    """Σ w u hᵀ, one token and one row at a time."""
+    total = torch.zeros(vocabulary, layer.hidden.shape[1], dtype=torch.float64)
+    for i in range(len(layer)):
+        for j in range(layer.support.shape[1]):
+            total[layer.support[i, j]] += weights[i] * layer.u[i, j] * layer.hidden[i]
+    return total
+
+
+def test_row_gradient_is_the_sum_over_tokens_and_rows():
+    layer, weights = tokens(0), torch.randn(5, dtype=torch.float64)
+    gradient = row_gradient(layer, weights)
+    expected = dense(layer, weights)
+    torch.testing.assert_close(gradient.columns(slice(0, 3)), expected[gradient.rows], rtol=1e-12, atol=1e-14)
+    untouched = torch.ones(40, dtype=torch.bool)
+    untouched[gradient.rows] = False
+    assert not expected[untouched].any()
+
+
+def test_moments_of_touched_rows_equal_torch_adam_over_the_whole_vocabulary():
+    step = AdamStep(0.1, betas=(0.8, 0.95), eps=1e-6)
+    weight = torch.zeros(40, 3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.1, betas=(0.8, 0.95), eps=1e-6)
+    for seed in range(6):
+        layer, weights = tokens(seed), torch.randn(5, dtype=torch.float64)
+        step.update(row_gradient(layer, weights), scale=0.5)
+        weight.grad = -0.5 * dense(layer, weights)
+        optimizer.step()
+    p, q = step.moments(torch.arange(40))
+    torch.testing.assert_close(p, -optimizer.state[weight]["exp_avg"], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(q, optimizer.state[weight]["exp_avg_sq"], rtol=1e-12, atol=1e-15)
+    assert 0 < len(step.rows) < 40  # and rows no token supports take no memory
+
+
+def test_planning_changes_nothing():
+    step = AdamStep(0.1)
+    step.update(row_gradient(tokens(0), torch.ones(5, dtype=torch.float64)))
+    before = {name: tensor.clone() for name, tensor in step.state_dict().items()}
+    step.plan(torch.randn(40, 2), torch.arange(40), slice(1, 3))
+    assert all(torch.equal(before[name], tensor) for name, tensor in step.state_dict().items())
+
+
+def test_state_restores_bit_for_bit_and_goes_on_alike():
+    step = AdamStep(0.1)
+    for seed in range(3):
+        step.update(row_gradient(tokens(seed), torch.ones(5, dtype=torch.float64)))
+    other = AdamStep(0.1)
+    other.load_state_dict({name: tensor.clone() for name, tensor in step.state_dict().items()})
+    for model in (step, other):
+        model.update(row_gradient(tokens(9), torch.ones(5, dtype=torch.float64)))
+    for name, tensor in step.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_a_fresh_step_round_trips():
+    step = AdamStep(0.1)
+    step.load_state_dict(AdamStep(0.2).state_dict())
+    assert step.steps == 0
+    assert len(step.rows) == 0
+    step.update(row_gradient(tokens(0), torch.ones(5, dtype=torch.float64)))
+    assert len(step.rows) > 0
+
+
+def test_an_update_without_tokens_only_decays():
+    step = AdamStep(0.1, betas=(0.5, 0.5))
+    step.update(row_gradient(tokens(0), torch.ones(5, dtype=torch.float64)))
+    p, _ = step.moments(step.rows)
+    step.update(row_gradient(tokens(0)[torch.zeros(5, dtype=torch.bool)], torch.zeros(0, dtype=torch.float64)))
+    torch.testing.assert_close(step.moments(step.rows)[0], p / 2)
+    assert step.steps == 2
+
+
+def test_wrong_state_and_settings_are_refused():
+    with pytest.raises(ValueError, match="another step model"):
+        SGDStep(0.1).load_state_dict({"p": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"lacks \['p', 'q', 'rows', 'steps'\]"):
+        AdamStep(0.1).load_state_dict({})
+    with pytest.raises(ValueError, match="betas"):
+        AdamStep(0.1, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="eps"):
+        AdamStep(0.1, eps=0.0)
+    two = row_gradient(tokens(0), torch.ones(5), torch.tensor([0, 0, 1, 1, 1]))
+    with pytest.raises(ValueError, match="several subsets"):
+        AdamStep(0.1).update(two)
