@@ -111,6 +111,15 @@ class CAPOConfig(GRPOConfig):
                 f"capo_mode='mask' has no denominators for loss_type={self.loss_type!r}: "
                 f"use one of {', '.join(MASKABLE_LOSSES)}, or capo_mode='monitor'"
             )
+        if (
+            self.capo_mode == "mask"
+            and self.importance_sampling_level == "sequence"
+            and self.capo_granularity == "token"
+        ):
+            raise ValueError(
+                "capo_granularity='token' can't leave a token out of a loss with importance_sampling_level='sequence', "
+                "whose ratio every token of a sequence shares: use capo_granularity='sequence'"
+            )
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True runs foreign code: set it to false")
         super().__post_init__()

@@ -68,3 +68,30 @@ def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     if high is not None:
         keep &= shifts.m_h <= high
     return keep
+
+
+def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor) -> Tensor:
+    """What to multiply advantages by so that a loss's mean over all tokens becomes its mean over accepted ones.
+
+    mask [B, T] marks the completion tokens, keep [B, T] the accepted ones among them. Rejected tokens have an
+    advantage of zero already, which leaves the denominators at all tokens; the factor is all / accepted
+
+        grpo         for each sequence, whose mean is over its own accepted tokens        [B, 1]
+        bnpo, dapo   for the micro-batch, whose mean is over all accepted tokens          [1, 1]
+        dr_grpo      1: its denominator is the fixed maximum length                       [1, 1]
+
+    Where nothing is accepted the factor is finite, and multiplies zeros. DAPO's denominator spans the optimizer
+    step: with several micro-batches each keeps the share of the step that its tokens had before selection.
+
+    >>> mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    >>> keep = torch.tensor([[True, False, False, True], [True, True, False, False]])
+    >>> accepted_mean("grpo", mask, keep)
+    tensor([[2.],
+            [1.]])
+    >>> accepted_mean("dapo", mask, keep)
+    tensor([[1.5000]])
+    """
+    if loss_type == "dr_grpo":
+        return torch.ones(1, 1, device=mask.device)
+    over = {"grpo": (1,), "bnpo": (0, 1), "dapo": (0, 1)}[loss_type]
+    return mask.sum(over, keepdim=True) / (mask & keep).sum(over, keepdim=True).clamp(min=1)

@@ -1,0 +1,54 @@
+"""What is logged of the shifts: the names are stable, and listed in docs/metrics.md."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capo_rl.shifts import Shifts
+
+QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+
+def describe(name: str, shifts: Shifts) -> dict[str, float]:
+    """Mean, quantiles and maximum of m_H and m_F over the tokens whose shifts are finite; NaN if there are none."""
+    finite = ~shifts.nonfinite
+    figures = {}
+    for symbol in ("m_h", "m_f"):
+        values = getattr(shifts, symbol)[finite].float()
+        if len(values):
+            at = torch.tensor(list(QUANTILES.values()), device=values.device)
+            row = torch.cat([values.mean()[None], _quantiles(values, at), values.max()[None]]).tolist()
+        else:
+            row = [float("nan")] * (len(QUANTILES) + 2)
+        figures |= {f"{name}/{symbol}/{of}": value for of, value in zip(("mean", *QUANTILES, "max"), row, strict=True)}
+    return figures
+
+
+def rejections(keep: Tensor, advantages: Tensor) -> dict[str, float]:
+    """The share of tokens rejected: of all, and of those with a positive or a negative advantage (NaN if none)."""
+    figures = {"capo/rejection_rate": _share(~keep)}
+    for sign, members in (("positive", advantages > 0), ("negative", advantages < 0)):
+        figures[f"capo/rejection_rate/{sign}"] = _share(~keep[members])
+    return figures
+
+
+def missing_mass(mass: Tensor, bound: float) -> dict[str, float]:
+    """How much probability the supports leave out, and how many tokens miss more than `bound`."""
+    if not len(mass):
+        return {}
+    return {
+        "capo/missing_mass/mean": float(mass.mean()),
+        "capo/missing_mass/max": float(mass.max()),
+        "capo/missing_mass/above_bound": float((mass > bound).sum()),
+    }
+
+
+def _share(members: Tensor) -> float:
+    return float(members.float().mean()) if len(members) else float("nan")
+
+
+def _quantiles(values: Tensor, at: Tensor) -> Tensor:
+    """Nearest-rank quantiles; `torch.quantile` refuses more than 2²⁴ values."""
+    ranks = (at * (len(values) - 1)).round().long()
+    return values.sort().values[ranks]

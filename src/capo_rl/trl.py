@@ -1,0 +1,392 @@
+"""CAPO on TRL: `GRPOTrainer` whose gradient leaves out the tokens that the curvature model rejects.
+
+Change two names in a script, `GRPOConfig` to `CAPOConfig` and `GRPOTrainer` to `CAPOTrainer`.
+
+How it hooks in. TRL fuses the output head into the loss, so neither logits nor a call of `lm_head` is to be seen.
+The backbone is a module, and runs once for each loss; a forward hook there yields the hidden states. TRL computes
+the log-probabilities first and reads `inputs["advantages"]` afterwards, and takes an advantage for each token, so
+the mask is written between the two, into a copy of the inputs. No loss body is copied, and the weights each token
+really had in the loss (ratio, clipping, denominators, KL term) are read off the gradient of the log-probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import is_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from capo_rl.config import CAPOConfig
+from capo_rl.last_layer import tile_elements
+from capo_rl.planner import MicroBatch, Planner
+from capo_rl.selection import accepted_mean
+from capo_rl.step import AdamStep, SGDStep
+
+STATE_FILE = "capo_state.safetensors"
+
+# Mean |difference| of log π(a) between the hooked hidden states and the trainer's own, above which they are not
+# the same thing. Half precision rounds the two projections differently.
+_LOGP_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_LOGP_TOLERANCE_HALF = 0.1
+
+
+class CAPOTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer` with curvature-aware selection; arguments are the same, `args` is a `CAPOConfig`.
+
+    Its only change to training, with `capo_mode="mask"`: rejected tokens get an advantage of zero, and denominators
+    count accepted tokens (`selection.accepted_mean`); a step with every token rejected is skipped. `monitor` computes
+    and logs the same and changes nothing; `off` is TRL.
+
+    Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
+    than a crash.
+    """
+
+    _name = "CAPO"
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
+        if args is not None and not isinstance(args, CAPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}: CAPOTrainer takes a CAPOConfig, which has the same fields")
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
+        super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        self.planner: Planner | None = None
+        self._completions = 0
+        self._clip = 1.0
+        self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
+        # To measure an update: how to run each micro-batch's forward again, and which tokens count.
+        self._forwards: list[Callable[[nn.Module], Any]] = []
+        self._token_masks: list[Tensor] = []
+        if args.capo_mode != "off":
+            _check_head(self._causal_lm(self.model))
+            self.planner = Planner(
+                _STEPS[args.capo_step](args),
+                args.thresholds,
+                temperature=args.temperature,
+                top_k=args.capo_top_k,
+                fisher=args.capo_fisher,
+                max_missing_mass=args.capo_max_missing_mass,
+            )
+            self.add_callback(_AroundTheStep(self))
+
+    # ---- rollouts: REINFORCE's advantage, group numbers, counts -------------------------------------------------
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self._rewards_per_func = rewards
+        missing = rewards.isnan().all(dim=1).sum().item()
+        self._metrics["train" if self.model.training else "eval"]["capo/rewards_missing"].append(missing)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        local = len(inputs)
+        first = self.accelerator.process_index * local
+        if self.args.capo_advantage == "reward":
+            weights = self.reward_weights.to(self._rewards_per_func.device)
+            rewards = (self._rewards_per_func * weights).nansum(dim=1)  # a completion without a reward gets 0
+            output["advantages"] = rewards[first : first + local]
+            for _ in range(len(rewards)):
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(rewards.tolist())
+        if self.args.capo_granularity == "group":
+            generations = self.num_generations if self.model.training else self.num_generations_eval
+            output["capo_group"] = torch.arange(first, first + local, device=output["advantages"].device) // generations
+        if self.model.training:
+            self._completions += local * self.accelerator.num_processes
+        return output
+
+    # ---- the loss: shifts and selection between log-probabilities and advantages --------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.planner is None or not self.model.training:
+            return super()._compute_loss(model, inputs)
+        self._unplanned = inputs = dict(inputs)  # buffered inputs are used again when num_iterations > 1
+        loss = super()._compute_loss(model, inputs)
+        if self._unplanned is not None:
+            raise RuntimeError(
+                "the loss never asked for its log-probabilities through `_get_per_token_logps_and_entropies`, so no "
+                "token was selected: this version of TRL is not supported"
+            )
+        return loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        score = partial(
+            super()._get_per_token_logps_and_entropies,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        inputs, self._unplanned = self._unplanned, None
+        if inputs is None:
+            return score(model)
+        mask = inputs["completion_mask"].bool()
+        if "tool_mask" in inputs:
+            mask = mask & inputs["tool_mask"].bool()
+        with self._hidden_states(model, logits_to_keep) as hidden:
+            logps, entropies, aux_loss = score(model)
+        self._select(model, inputs, mask, hidden[0], logps)
+        self._forwards.append(score)
+        self._token_masks.append(mask)
+        return logps, entropies, aux_loss
+
+    def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
+        """Plan the micro-batch, write its verdicts into `inputs`, and watch for the weights the loss gives it."""
+        assert self.planner is not None
+        advantages = inputs["advantages"]
+        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
+        self.planner.step.lr = self._get_learning_rate()
+        planned = self.planner.plan(
+            hidden[mask],
+            self._project(model, hidden[mask]),
+            inputs["completion_ids"][mask],
+            advantages[mask],
+            self._subsets(inputs, mask),
+        )
+        self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
+
+        masked = self.args.capo_mode == "mask"
+        if masked:
+            keep = mask.clone()
+            keep[mask] = planned.keep
+            # `where`, not a product: a rejected token's advantage may be infinite
+            advantages = advantages.where(keep | ~mask, 0)
+            inputs["advantages"] = advantages * accepted_mean(self.loss_type, mask, keep)
+
+        def watch(gradient: Tensor) -> None:
+            planned.weights = -gradient[mask] / self._loss_scale()
+            # With a KL term a rejected token still has a gradient.
+            if masked and self.beta == 0.0 and planned.weights[~planned.keep].any():
+                raise RuntimeError(
+                    "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
+                    "this version of TRL is not supported"
+                )
+
+        logps.register_hook(watch)
+
+    def _subsets(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
+        """Each token's subset number for the configured granularity, or None for tokens on their own."""
+        rows = torch.arange(len(mask), device=mask.device)
+        of_sequence = {
+            "token": lambda: None,
+            "sequence": lambda: rows,
+            "group": lambda: inputs["capo_group"].unique(return_inverse=True)[1],
+            "batch": lambda: torch.zeros_like(rows),
+        }[self.args.capo_granularity]()
+        if of_sequence is None:
+            return None
+        # subsets without a token would be averages over nothing
+        return of_sequence[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
+
+    def _check_log_probs(self, planned: MicroBatch, logps: Tensor, dtype: torch.dtype) -> None:
+        error = (planned.layer.log_pi_a - logps).abs()
+        error = error[error.isfinite()]
+        if len(error) and error.mean() > _LOGP_TOLERANCE.get(dtype, _LOGP_TOLERANCE_HALF):
+            raise RuntimeError(
+                f"the hooked hidden states give log-probabilities that differ from the loss's by {error.mean():.3g} "
+                "nats on average: something lies between the backbone and the head that CAPO does not model"
+            )
+
+    # ---- hidden states and logits ---------------------------------------------------------------------------------
+
+    def _causal_lm(self, model: nn.Module) -> Any:
+        model = self.accelerator.unwrap_model(model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    @contextmanager
+    def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
+        """Collects the hidden states [B, T, d] that predict the last `logits_to_keep` tokens in a forward pass.
+
+        Raises `RuntimeError` unless the backbone ran exactly once.
+        """
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(output[0].detach()[:, :-1][:, -logits_to_keep:])
+
+        handle = self._causal_lm(model).base_model.register_forward_hook(keep)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+        if len(seen) != 1:
+            raise RuntimeError(
+                f"the hook on the backbone fired {len(seen)} times in one forward pass instead of once: CAPO can't "
+                "see the hidden states of this model, and does not train on without them"
+            )
+
+    def _project(self, model: nn.Module, hidden: Tensor) -> Iterator[Tensor]:
+        """The logits [n, V] before temperature of a few tokens at a time."""
+        causal_lm = self._causal_lm(model)
+        head = causal_lm.get_output_embeddings()
+        scale = _logit_scale(causal_lm)
+        rows = max(1, 16 * tile_elements(hidden.device) // len(head.weight))
+        for some in hidden.split(rows):
+            yield F.linear(some.to(head.weight.dtype), head.weight, head.bias) * scale
+
+    # ---- around the optimizer's step -----------------------------------------------------------------------------
+
+    def _loss_scale(self) -> float:
+        """The factor of mixed-precision loss scaling, which the optimizer takes out again."""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if norm is not None:
+            self._clip = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
+        return norm
+
+    def _before_step(self) -> None:
+        """Advance the step model, or skip a step that has nothing left in it."""
+        assert self.planner is not None
+        if self.args.capo_mode == "mask" and self.planner.rejects_everything:
+            # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
+            self.model.zero_grad(set_to_none=True)
+            figures = self.planner.skip()
+        else:
+            figures = self.planner.commit(self._clip)
+        self._clip = 1.0
+        figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
+        figures["capo/completions"] = float(self._completions)
+        self._record(figures)
+
+    def _after_step(self, measure: bool) -> None:
+        """Measure the KL of the update where it is to be logged, and start afresh."""
+        assert self.planner is not None
+        if measure and self._forwards:
+            start = time.perf_counter()
+            kl = self.planner.measured_kl(self._logits_now)
+            self._record({"capo/kl/measured": kl, "capo/kl/seconds": time.perf_counter() - start})
+        self._record({"capo/seconds": self.planner.clear()})
+        self._forwards.clear()
+        self._token_masks.clear()
+
+    def _logits_now(self, micro_batch: int) -> Iterator[Tensor]:
+        """The logits of a micro-batch's tokens under the weights as they are now, a few tokens at a time."""
+        assert self.planner is not None
+        forward, mask = self._forwards[micro_batch], self._token_masks[micro_batch]
+        with (
+            torch.random.fork_rng(),  # a measurement must not move the random numbers that training draws from
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self._hidden_states(self.model_wrapped, mask.shape[1]) as hidden,
+        ):
+            forward(self.model_wrapped)
+        yield from self._project(self.model_wrapped, hidden[0][mask])
+
+    def _record(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        tensors: dict[str, Tensor] = {}
+        counters = {"completions": self._completions, "micro_steps": self._step}
+        if self.planner is not None:
+            tensors |= {f"step.{name}": tensor for name, tensor in self.planner.step.state_dict().items()}
+            counters |= {"accepted_tokens": self.planner.accepted_tokens, "steps_skipped": self.planner.steps_skipped}
+        # In the middle of a generation batch the rest of it is still to be trained on.
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            for i, inputs in enumerate(self._buffered_inputs):
+                tensors |= {f"rollout.{i}.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
+        path = Path(output_dir) / STATE_FILE
+        unfinished = path.with_suffix(".tmp")
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            unfinished,
+            metadata={"counters": json.dumps(counters)},
+        )
+        os.replace(unfinished, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / STATE_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
+                "without resuming, pass the folder as the model"
+            )
+        device = self.accelerator.device
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            counters = json.loads(file.metadata()["counters"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self._completions, self._step = counters["completions"], counters["micro_steps"]
+        if self.planner is not None:
+            self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
+            self.planner.steps_skipped = counters.get("steps_skipped", 0)
+            self.planner.step.load_state_dict(
+                {name.removeprefix("step."): x for name, x in tensors.items() if name.startswith("step.")}
+            )
+        rollout: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("rollout."):
+                _, i, key = name.split(".", 2)
+                rollout.setdefault(int(i), {})[key] = tensor
+        if rollout:
+            self._buffered_inputs = [rollout[i] for i in sorted(rollout)]
+
+
+class _AroundTheStep(TrainerCallback):
+    """Calls the trainer before and after each optimizer step."""
+
+    def __init__(self, trainer: CAPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._before_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._after_step(measure=control.should_log)
+
+
+_STEPS = {
+    "adam": lambda args: AdamStep(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon),
+    "sgd": lambda args: SGDStep(args.learning_rate),
+}
+
+
+def _check_head(causal_lm: Any) -> None:
+    """Raises `ValueError` for a model whose logits are not W h."""
+    if causal_lm.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no output embedding, and CAPO models the last layer: use a causal "
+            "language model"
+        )
+    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        raise ValueError(f"final_logit_softcapping={cap}: CAPO's last layer is linear and does not model a soft cap")
+
+
+def _logit_scale(causal_lm: Any) -> float:
+    """The factor between W h and the logits, as TRL's fused head reads it from the model's config."""
+    config = causal_lm.config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling

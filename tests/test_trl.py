@@ -1,0 +1,355 @@
+"""The trainer: bit-for-bit TRL with selection off, and its objective, moments and counts with selection on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from capo_rl import CAPOTrainer, Thresholds
+
+LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
+OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
+# Bounds that reject some of the tiny model's tokens and keep others.
+SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
+
+
+def trajectory(trainer) -> tuple[list[float], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Train, and return every loss, every step's gradients and the final weights."""
+    gradients: list[dict[str, torch.Tensor]] = []
+    step = trainer._clip_grad_norm
+
+    def clip(model):
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return step(model)
+
+    trainer._clip_grad_norm = clip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, gradients, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_bitwise_equal(one, other):
+    losses, gradients, weights = one
+    assert losses == other[0]
+    assert len(losses) == len(gradients) == 5
+    for mine, theirs in zip([*gradients, weights], [*other[1], other[2]], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, tensor in mine.items():
+            assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_off_monitor_and_open_thresholds_are_trl_bit_for_bit(build, loss_type):
+    settings = {"loss_type": loss_type, "beta": 0.02}
+    stock = trajectory(build(GRPOTrainer, GRPOConfig, **settings))
+    assert any(tensor.any() for step in stock[1] for tensor in step.values())
+    assert_bitwise_equal(trajectory(build(capo_mode="off", **settings)), stock)
+    assert_bitwise_equal(trajectory(build(capo_mode="monitor", **SOME, **settings)), stock)
+    assert_bitwise_equal(trajectory(build(capo_mode="mask", **OPEN, **settings)), stock)
+
+
+def test_masking_changes_the_run(build):
+    stock = trajectory(build(capo_mode="off"))
+    masked = trajectory(build(capo_mode="mask", **SOME))
+    assert stock[0] != masked[0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_moments_are_those_of_the_optimizer(build, loss_type, beta):
+    """The head is trained by Adam on clipped gradients: the step model's moments must be the optimizer's own."""
+    trainer = build(
+        capo_mode="mask", loss_type=loss_type, beta=beta, capo_top_k=None, max_grad_norm=0.05, num_iterations=2, **SOME
+    )
+    trainer.train()
+    head = trainer.model.lm_head.weight
+    state = trainer.optimizer.state[head]
+    p, q = trainer.planner.step.moments(torch.arange(len(head)))
+    assert trainer.planner.step.steps == int(state["step"]) == 5
+    assert state["exp_avg"].abs().max() > 0
+    torch.testing.assert_close(p, -state["exp_avg"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(q, state["exp_avg_sq"], rtol=1e-4, atol=1e-10)
+
+
+class Watch(TrainerCallback):
+    """Calls `look()` when the gradients are there and the optimizer has not stepped yet."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.look()
+
+
+def logs(trainer) -> list[dict[str, float]]:
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_objective_has_the_denominators_of_accepted_tokens(build, loss_type):
+    trainer = build(loss_type=loss_type, gradient_accumulation_steps=1, max_steps=1, **SOME)
+    seen = {}
+    select = trainer._select
+
+    def spy(model, inputs, mask, hidden, logps):
+        seen.update(mask=mask, advantages=inputs["advantages"].clone())
+        select(model, inputs, mask, hidden, logps)
+
+    trainer._select = spy
+    trainer.add_callback(Watch(lambda: seen.update(planned=trainer.planner.micro_batches[0])))
+    trainer.train()
+    mask, planned = seen["mask"], seen["planned"]
+    keep = torch.zeros_like(mask)
+    keep[mask] = planned.keep
+    assert 0 < keep.sum() < mask.sum()
+    a = seen["advantages"][:, None] * keep
+    expected = {
+        "grpo": a / keep.sum(1, keepdim=True).clamp(min=1) / len(a),  # mean over sequences of their accepted means
+        "bnpo": a / keep.sum(),
+        "dapo": a / keep.sum(),
+        "dr_grpo": a / (len(a) * 6),  # the maximum length, whatever is rejected
+    }[loss_type]
+    torch.testing.assert_close(planned.weights, expected[mask], rtol=1e-5, atol=1e-8)
+
+
+def test_every_figure_is_logged(build):
+    entries = logs(build(**SOME))
+    names = {
+        f"capo/{level}/{symbol}/{of}"
+        for level in ("token", "token_accepted")
+        for symbol in ("m_h", "m_f")
+        for of in ("mean", "q50", "q90", "q99", "max")
+    }
+    names |= {f"capo/{level}/{symbol}" for level in ("batch", "batch_accepted") for symbol in ("m_h", "m_f")}
+    names |= {f"capo/rejection_rate{sign}" for sign in ("", "/positive", "/negative")}
+    names |= {f"capo/missing_mass/{of}" for of in ("mean", "max", "above_bound")}
+    names |= {"capo/kl/predicted", "capo/kl/measured", "capo/kl/seconds", "capo/seconds", "capo/completions"}
+    names |= {"capo/accepted_tokens", "capo/nonfinite_shifts", "capo/steps_skipped", "capo/rewards_missing"}
+    for entry in entries:
+        assert names <= entry.keys()
+        assert 0 < entry["capo/rejection_rate"] < 1
+        assert entry["capo/token_accepted/m_f/max"] <= SOME["capo_fisher_threshold"]
+    assert entries[-1]["capo/completions"] == 5 * 8
+
+
+def test_measured_kl_is_that_of_the_whole_model(build):
+    """Against log-probabilities of the model before and after its first step, over the whole vocabulary."""
+    trainer = build(capo_mode="monitor", capo_top_k=None, gradient_accumulation_steps=1, max_steps=1)
+    seen = {}
+
+    def full_log_policy():
+        forward, mask = trainer._forwards[0], trainer._token_masks[0]
+        ids, length = forward.keywords["input_ids"], mask.shape[1]
+        logits = trainer.model(input_ids=ids, attention_mask=forward.keywords["attention_mask"]).logits
+        return (logits[:, :-1][:, -length:][mask] / trainer.args.temperature).log_softmax(-1).detach()
+
+    trainer.add_callback(Watch(lambda: seen.update(before=full_log_policy())))
+    measure = trainer._after_step
+
+    def after_step(measure_it):
+        seen["after"] = full_log_policy()
+        measure(measure_it)
+
+    trainer._after_step = lambda measure: after_step(measure)
+    (entry,) = logs(trainer)
+    kl = (seen["before"].exp() * (seen["before"] - seen["after"])).sum(-1).mean()
+    assert entry["capo/kl/measured"] == pytest.approx(float(kl), rel=1e-4)
+    assert entry["capo/kl/measured"] > 0
+
+
+def test_predicted_kl_is_exact_for_a_small_step_of_the_head_alone(build):
+    """With only the head trained, ½ΔψᵀFΔψ of the coming step is the KL it will have, up to the cube of the step."""
+    model = make_model()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    entries = logs(build(model=model, capo_mode="monitor", capo_top_k=None, learning_rate=1e-4))
+    for entry in entries:
+        assert entry["capo/kl/predicted"] == pytest.approx(entry["capo/kl/measured"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"num_iterations": 2},
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 1},
+        {"mask_truncated_completions": True},
+        {"max_completion_length": 1},
+        {"gradient_checkpointing": True},
+        {"capo_step": "sgd"},
+        {"capo_fisher": "expected"},
+        {"capo_granularity": "sequence"},
+        {"capo_granularity": "group"},
+        {"capo_granularity": "batch"},
+        {"capo_top_k": 3, "capo_max_missing_mass": 1.0},
+        {"importance_sampling_level": "sequence", "capo_granularity": "sequence"},
+        {"beta": 0.1},
+        {"max_grad_norm": 0.0},
+    ],
+    ids=str,
+)
+def test_works_with(build, settings):
+    entries = logs(build(**(SOME | settings)))
+    assert len(entries) == 5
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+    assert all(0 <= entry["capo/rejection_rate"] <= 1 for entry in entries)
+
+
+def test_tied_embeddings(build):
+    entries = logs(build(model=make_model(tied=True), **SOME))
+    assert all(math.isfinite(entry["capo/kl/measured"]) for entry in entries)
+
+
+def test_lora_with_a_frozen_head(build):
+    trainer = build(peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], r=2), beta=0.05, **SOME)
+    entries = logs(trainer)
+    assert trainer.planner.step.steps == 5
+    assert any(entry["capo/rejection_rate"] > 0 for entry in entries)
+
+
+def test_zero_advantages_are_accepted_and_change_nothing_by_themselves(build):
+    trainer = build(rewards=lambda completions, **kwargs: [1.0] * len(completions))
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    entries = logs(trainer)
+    assert all(entry["capo/rejection_rate"] == 0 for entry in entries)
+    assert all(entry["capo/steps_skipped"] == 0 for entry in entries)
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_a_batch_rejected_whole_skips_the_step_and_is_counted(build):
+    """Momentum from accepted steps must not move the weights either."""
+    trainer = build(max_steps=4, **SOME)
+    weights, moments = [], []
+
+    def look():
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        moments.append(trainer.planner.step.steps)
+        if len(weights) == 2:
+            trainer.planner.thresholds = Thresholds(hessian=(1e9, 1e9))
+
+    trainer.add_callback(Watch(look))
+    entries = logs(trainer)
+    weights.append(trainer.model.lm_head.weight.detach())
+    moved = [not torch.equal(one, other) for one, other in zip(weights, weights[1:], strict=False)]
+    assert moved == [True, True, False, False]
+    assert moments == [1, 2, 2, 2]
+    assert [entry["capo/steps_skipped"] for entry in entries] == [0, 0, 1, 2]
+    assert entries[-1]["capo/rejection_rate"] == 1
+    assert entries[-1]["capo/kl/measured"] == 0
+
+
+def test_reinforce_takes_the_raw_reward(build):
+    trainer = build(capo_mode="monitor", capo_advantage="reward", loss_type="dr_grpo", max_steps=1)
+    seen = []
+    select = trainer._select
+    trainer._select = lambda model, inputs, *rest: (seen.append(inputs["advantages"]), select(model, inputs, *rest))[1]
+    (entry,) = logs(trainer)
+    advantages = torch.cat(seen)
+    assert float(advantages.mean()) == pytest.approx(entry["reward"], abs=1e-6)
+    assert (advantages >= 0).all()
+    assert sorted(trainer._logs["advantages"]) == pytest.approx(sorted(advantages.tolist()))
+
+
+def test_the_moments_of_reused_rollouts_follow_the_clipped_ratio(build):
+    """On the second pass over the same rollouts the loss clips some tokens: their weight is zero."""
+    trainer = build(capo_mode="monitor", num_iterations=2, max_steps=2, learning_rate=0.1, epsilon=0.01)
+    weights = []
+    trainer.add_callback(
+        Watch(lambda: weights.append(torch.cat([batch.weights for batch in trainer.planner.micro_batches])))
+    )
+    trainer.train()
+    assert (weights[0] != 0).all()
+    assert (weights[1] == 0).any()
+
+
+def test_buffered_inputs_are_not_changed(build):
+    trainer = build(num_iterations=2, max_steps=2, **SOME)
+    shapes = []
+    trainer.add_callback(
+        Watch(lambda: shapes.append([inputs["advantages"].dim() for inputs in trainer._buffered_inputs]))
+    )
+    trainer.train()
+    assert shapes == [[1, 1], [1, 1]]
+
+
+# ---- what must raise ---------------------------------------------------------------------------------------------
+
+
+def test_a_hook_that_does_not_fire_raises(build):
+    trainer = build(**SOME)
+    elsewhere = torch.nn.Identity()
+    trainer.model.base_model.register_forward_hook = elsewhere.register_forward_hook
+    with pytest.raises(RuntimeError, match="fired 0 times"):
+        trainer.train()
+
+
+def test_a_loss_that_bypasses_the_log_probs_raises(build, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: model.lm_head.weight.sum())
+    with pytest.raises(RuntimeError, match="never asked for its log-probabilities"):
+        build(**SOME).train()
+
+
+def test_a_loss_that_ignores_the_mask_raises(build):
+    trainer = build(**SOME)
+    # a trainer that reads the advantages before the log-probabilities would see TRL's, not CAPO's
+    trainer._select = lambda model, inputs, *rest: CAPOTrainer._select(trainer, model, dict(inputs), *rest)
+    with pytest.raises(RuntimeError, match="did not read the advantages"):
+        trainer.train()
+
+
+def test_hidden_states_that_are_not_those_of_the_loss_raise(build):
+    trainer = build(**SOME)
+    project = trainer._project
+    trainer._project = lambda model, hidden: (2 * logits for logits in project(model, hidden))
+    with pytest.raises(RuntimeError, match="differ from the loss's"):
+        trainer.train()
+
+
+def test_gradients_that_never_arrive_raise(build):
+    trainer = build(**SOME)
+    trainer.add_callback(Watch(lambda: None))
+    select = trainer._select
+
+    def deaf(model, inputs, mask, hidden, logps):
+        select(model, inputs, mask, hidden, logps.detach().requires_grad_())
+
+    trainer._select = deaf
+    with pytest.raises(RuntimeError, match="never reached the log-probabilities"):
+        trainer.train()
+
+
+def test_models_without_a_linear_head_are_refused(build):
+    model = make_model()
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        build(model=model)
+
+
+def test_a_plain_grpo_config_is_refused(build):
+    with pytest.raises(TypeError, match="takes a CAPOConfig"):
+        build(config=GRPOConfig)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"capo_mode": "on"}, "capo_mode='on' is not one of off, monitor, mask"),
+        ({"capo_fisher_threshold": -1.0}, "fisher=-1.0"),
+        ({"capo_hessian_low": 1.0, "capo_hessian_high": -1.0}, "swap"),
+        ({"capo_top_k": 0}, "capo_top_k=0"),
+        ({"capo_max_missing_mass": 2.0}, "capo_max_missing_mass"),
+        ({"loss_type": "vespo"}, "no denominators for loss_type='vespo'"),
+        ({"importance_sampling_level": "sequence"}, "capo_granularity"),
+        ({"trust_remote_code": True}, "trust_remote_code"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
