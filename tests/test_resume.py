@@ -1,0 +1,72 @@
+"""A run that stops at any step and resumes ends with the weights, moments and counts of one that did not stop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from capo_rl.trl import STATE_FILE
+
+SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
+
+
+def final(trainer) -> dict[str, torch.Tensor]:
+    tensors = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    if trainer.planner is not None:
+        tensors |= trainer.planner.step.state_dict()
+        tensors["counts"] = torch.tensor([trainer._completions, trainer.planner.accepted_tokens])
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capo_mode": "mask"},
+        {"capo_mode": "mask", "capo_step": "sgd"},
+        {"capo_mode": "mask", "num_iterations": 3},
+        {"capo_mode": "mask", "steps_per_generation": 6, "capo_granularity": "group"},
+        {"capo_mode": "monitor", "beta": 0.05, "num_iterations": 2},
+        {"capo_mode": "off", "num_iterations": 2},
+    ],
+    ids=str,
+)
+def test_resuming_changes_nothing(build, tmp_path, settings):
+    settings = {**SOME, **settings, "max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    whole = build(**settings)
+    whole.train()
+    expected = final(whole)
+    assert sum(tensor.double().abs().sum() for tensor in expected.values()) > 0
+    for stopped_at in (1, 4, 5):
+        resumed = build(**settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{stopped_at}"))
+        actual = final(resumed)
+        assert resumed.state.global_step == 6
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), f"{name} after stopping at step {stopped_at}"
+
+
+def test_a_checkpoint_holds_rollouts_only_in_the_middle_of_their_use(build, tmp_path):
+    build(num_iterations=2, max_steps=2, save_strategy="steps", save_steps=1, **SOME).train()
+
+    def rollouts(step: int) -> list[str]:
+        with safe_open(tmp_path / "run" / f"checkpoint-{step}" / STATE_FILE, framework="pt") as file:
+            return [name for name in file.keys() if name.startswith("rollout.")]  # noqa: SIM118
+
+    assert rollouts(1)
+    assert not rollouts(2)
+
+
+def test_a_checkpoint_of_another_trainer_is_refused(build, tmp_path):
+    build(max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / STATE_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="not a checkpoint of CAPOTrainer"):
+        build(max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_of_another_step_model_is_refused(build, tmp_path):
+    build(max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="another step model"):
+        build(max_steps=2, capo_step="sgd").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
