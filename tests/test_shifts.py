@@ -117,7 +117,9 @@ def test_batch_adam_step_is_the_step_torch_takes(updates):
     dense[gradient.rows] = gradient.columns(slice(0, 3))
     planned = step.plan(dense, torch.arange(5), slice(0, 3))
     taken = reference.optimizer_step(
-        batch.weight, reference.gradient(batch.weight, batch.hidden, batch.actions, batch.advantages, 1.0), optimizer
+        batch.weight,
+        reference.gradient(batch.weight, batch.hidden, batch.actions, batch.advantages, 1.0),
+        optimizer,
     )
     torch.testing.assert_close(planned, taken, rtol=0, atol=1e-10)
     # v = U h of the sparse form is that same dense step at each token
@@ -155,7 +157,9 @@ def test_top_k_of_the_whole_vocabulary_changes_nothing(kind):
     everything = token_shifts(*batch.arguments, step)
     for top_k in (5, 50):
         for mine, theirs in zip(
-            vars(token_shifts(*batch.arguments, step, top_k=top_k)).values(), vars(everything).values(), strict=True
+            vars(token_shifts(*batch.arguments, step, top_k=top_k)).values(),
+            vars(everything).values(),
+            strict=True,
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
 
@@ -198,9 +202,7 @@ def test_any_size_and_dtype(tokens, d, vocabulary, top_k, kind, dtype, seed):
     assert (shifts.m_f >= 0).all()
     assert (shifts.c >= 0).all()
     # chunks of any size give what the whole gives, and one subset a token is the token level
-    chunked = token_shifts(
-        batch.hidden, batch.logits.split(2), batch.actions, batch.advantages, step, top_k=top_k
-    )
+    chunked = token_shifts(batch.hidden, batch.logits.split(2), batch.actions, batch.advantages, step, top_k=top_k)
     singles = subset_shifts(*batch.arguments, step, torch.arange(tokens), top_k=top_k)
     tolerance = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-2, "atol": 1e-3}
     for name in ("m_h", "m_f", "s", "c", "missing_mass"):

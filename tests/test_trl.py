@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from conftest import make_model
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
+from conftest import make_model
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
@@ -65,7 +66,13 @@ def test_masking_changes_the_run(build):
 def test_moments_are_those_of_the_optimizer(build, loss_type, beta):
     """The head is trained by Adam on clipped gradients: the step model's moments must be the optimizer's own."""
     trainer = build(
-        capo_mode="mask", loss_type=loss_type, beta=beta, capo_top_k=None, max_grad_norm=0.05, num_iterations=2, **SOME
+        capo_mode="mask",
+        loss_type=loss_type,
+        beta=beta,
+        capo_top_k=None,
+        max_grad_norm=0.05,
+        num_iterations=2,
+        **SOME,
     )
     trainer.train()
     head = trainer.model.lm_head.weight
@@ -237,7 +244,7 @@ def test_a_batch_rejected_whole_skips_the_step_and_is_counted(build):
     trainer.add_callback(Watch(look))
     entries = logs(trainer)
     weights.append(trainer.model.lm_head.weight.detach())
-    moved = [not torch.equal(one, other) for one, other in zip(weights, weights[1:], strict=False)]
+    moved = [not torch.equal(one, other) for one, other in itertools.pairwise(weights)]
     assert moved == [True, True, False, False]
     assert moments == [1, 2, 2, 2]
     assert [entry["capo/steps_skipped"] for entry in entries] == [0, 0, 1, 2]
@@ -249,7 +256,10 @@ def test_reinforce_takes_the_raw_reward(build):
     trainer = build(capo_mode="monitor", capo_advantage="reward", loss_type="dr_grpo", max_steps=1)
     seen = []
     select = trainer._select
-    trainer._select = lambda model, inputs, *rest: (seen.append(inputs["advantages"]), select(model, inputs, *rest))[1]
+    trainer._select = lambda model, inputs, *rest: (
+        seen.append(inputs["advantages"]),
+        select(model, inputs, *rest),
+    )[1]
     (entry,) = logs(trainer)
     advantages = torch.cat(seen)
     assert float(advantages.mean()) == pytest.approx(entry["reward"], abs=1e-6)

@@ -91,9 +91,7 @@ class Planner:
             if subsets is None:
                 keep = select(shifts, self.thresholds)
             else:
-                verdicts = select(
-                    subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds
-                )
+                verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
                 keep = verdicts[subsets] & ~shifts.nonfinite
             micro_batch = MicroBatch(layer, advantages, shifts, keep)
             self.micro_batches.append(micro_batch)
@@ -174,7 +172,10 @@ class Planner:
         for name, members in (("capo/batch", finite), ("capo/batch_accepted", keep)):
             advantages = batch.advantages[members]
             level = subset_shifts_of(
-                batch.layer[members], advantages, self.step, torch.zeros_like(members[members], dtype=torch.long),
+                batch.layer[members],
+                advantages,
+                self.step,
+                torch.zeros_like(members[members], dtype=torch.long),
                 self.fisher,
             )
             for symbol in ("m_h", "m_f"):
@@ -188,7 +189,10 @@ class Planner:
             logger.warning(
                 "%d of %d tokens have more than %g of their probability outside the top k=%s: raise capo_top_k, or "
                 "capo_max_missing_mass to accept it (said once; capo/missing_mass/above_bound goes on counting)",
-                figures["capo/missing_mass/above_bound"], len(keep), self.max_missing_mass, self.top_k,
+                figures["capo/missing_mass/above_bound"],
+                len(keep),
+                self.max_missing_mass,
+                self.top_k,
             )
         return figures
 

@@ -39,8 +39,10 @@ class Thresholds:
             if bound is not None and math.isnan(bound):
                 raise ValueError(f"{name} threshold is NaN: give a number, or None for no bound")
         if fisher is not None and fisher < 0:
-            raise ValueError(f"fisher={fisher}: a policy shift is never negative, so this rejects every token; "
-                             "give a bound above 0, or None for no bound")
+            raise ValueError(
+                f"fisher={fisher}: a policy shift is never negative, so this rejects every token; "
+                "give a bound above 0, or None for no bound"
+            )
         if low is not None and high is not None and low > high:
             raise ValueError(f"hessian=({low}, {high}): the lower bound is above the upper; swap them")
 

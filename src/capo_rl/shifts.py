@@ -102,9 +102,7 @@ def token_shifts(
                 hidden[tokens], chunk, actions[tokens], advantages[tokens], step.lr, temperature, fisher
             )
         else:
-            layer = last_layer(
-                hidden[tokens], chunk, actions[tokens], temperature=temperature, top_k=top_k
-            )
+            layer = last_layer(hidden[tokens], chunk, actions[tokens], temperature=temperature, top_k=top_k)
             shifts = shifts_along(token_direction(layer, advantages[tokens], step), layer, advantages[tokens], fisher)
         parts.append(shifts)
     return Shifts.cat(parts) if parts else _no_shifts(hidden)

@@ -89,7 +89,7 @@ class AdamStep:
         gradient clipping. Rows the gradient does not name have a gradient of zero, so their moments decay.
         """
         beta1, beta2 = self.betas
-        rows, inverse = torch.unique(gradient.rows, return_inverse=True)
+        rows, _inverse = torch.unique(gradient.rows, return_inverse=True)
         if len(rows) != len(gradient.rows):
             raise ValueError("the gradient has several subsets: the moments follow that of the whole batch")
         hidden = gradient.hidden

@@ -13,7 +13,7 @@ QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
 def describe(name: str, shifts: Shifts) -> dict[str, float]:
     """Mean, quantiles and maximum of m_H and m_F over the tokens whose shifts are finite; NaN if there are none."""
     finite = ~shifts.nonfinite
-    figures = {}
+    figures: dict[str, float] = {}
     for symbol in ("m_h", "m_f"):
         values = getattr(shifts, symbol)[finite].float()
         if len(values):

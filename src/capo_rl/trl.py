@@ -59,7 +59,9 @@ class CAPOTrainer(GRPOTrainer):
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None and not isinstance(args, CAPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}: CAPOTrainer takes a CAPOConfig, which has the same fields")
+            raise TypeError(
+                f"args is a {type(args).__name__}: CAPOTrainer takes a CAPOConfig, which has the same fields"
+            )
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
@@ -206,7 +208,7 @@ class CAPOTrainer(GRPOTrainer):
 
     # ---- hidden states and logits ---------------------------------------------------------------------------------
 
-    def _causal_lm(self, model: nn.Module) -> Any:
+    def _causal_lm(self, model: Any) -> Any:
         model = self.accelerator.unwrap_model(model)
         return model.get_base_model() if is_peft_model(model) else model
 
@@ -305,7 +307,10 @@ class CAPOTrainer(GRPOTrainer):
         counters = {"completions": self._completions, "micro_steps": self._step}
         if self.planner is not None:
             tensors |= {f"step.{name}": tensor for name, tensor in self.planner.step.state_dict().items()}
-            counters |= {"accepted_tokens": self.planner.accepted_tokens, "steps_skipped": self.planner.steps_skipped}
+            counters |= {
+                "accepted_tokens": self.planner.accepted_tokens,
+                "steps_skipped": self.planner.steps_skipped,
+            }
         # In the middle of a generation batch the rest of it is still to be trained on.
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
             for i, inputs in enumerate(self._buffered_inputs):
@@ -362,7 +367,7 @@ class _AroundTheStep(TrainerCallback):
         self.trainer._after_step(measure=control.should_log)
 
 
-_STEPS = {
+_STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
     "adam": lambda args: AdamStep(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
