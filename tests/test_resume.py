@@ -24,7 +24,7 @@ def final(trainer) -> dict[str, torch.Tensor]:
     [
         {"capo_mode": "mask"},
         {"capo_mode": "mask", "capo_step": "sgd"},
-        {"capo_mode": "mask", "num_iterations": 3},
+        {"capo_mode": "mask", "num_iterations": 3, "capo_kl_budget": 1e-3},
         {"capo_mode": "mask", "steps_per_generation": 6, "capo_granularity": "group"},
         {"capo_mode": "monitor", "beta": 0.05, "num_iterations": 2},
         {"capo_mode": "off", "num_iterations": 2},

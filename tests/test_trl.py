@@ -252,6 +252,21 @@ def test_a_batch_rejected_whole_skips_the_step_and_is_counted(build):
     assert entries[-1]["capo/kl/measured"] == 0
 
 
+def test_a_kl_budget_bounds_every_update(build):
+    free = logs(build(**SOME))
+    held = logs(build(capo_kl_budget=1e-3, **SOME))
+    assert max(entry["capo/kl/measured"] for entry in free) > 1e-3
+    assert all(entry["capo/kl/measured"] <= 1e-3 for entry in held)
+    fractions = [entry["capo/kl/fraction"] for entry in held]
+    assert all(0 < fraction <= 1 for fraction in fractions), fractions
+    assert min(fractions) < 1
+    assert held[0]["capo/kl/proposed"] == free[0]["capo/kl/measured"]
+
+
+def test_a_kl_budget_that_is_never_reached_changes_nothing(build):
+    assert_bitwise_equal(trajectory(build(capo_kl_budget=1e9, **SOME)), trajectory(build(**SOME)))
+
+
 def test_reinforce_takes_the_raw_reward(build):
     trainer = build(capo_mode="monitor", capo_advantage="reward", loss_type="dr_grpo", max_steps=1)
     seen = []
@@ -357,6 +372,8 @@ def test_a_plain_grpo_config_is_refused(build):
         ({"capo_max_missing_mass": 2.0}, "capo_max_missing_mass"),
         ({"loss_type": "vespo"}, "no denominators for loss_type='vespo'"),
         ({"importance_sampling_level": "sequence"}, "capo_granularity"),
+        ({"capo_kl_budget": 0.0}, "capo_kl_budget=0.0"),
+        ({"capo_kl_budget": 1.0, "capo_mode": "monitor"}, "capo_kl_budget changes the run"),
         ({"trust_remote_code": True}, "trust_remote_code"),
     ],
 )

@@ -92,6 +92,14 @@ class CAPOConfig(GRPOConfig):
         },
     )
 
+    capo_kl_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the KL of every update on its own batch, one more forward pass, and take back part of one "
+            "above this many nats a token. Not in the paper. null: off."
+        },
+    )
+
     @property
     def thresholds(self) -> Thresholds:
         """The bounds of Eq. 11 as one object."""
@@ -106,6 +114,14 @@ class CAPOConfig(GRPOConfig):
             raise ValueError(f"capo_top_k={self.capo_top_k} must be at least 1, or null for the whole vocabulary")
         if not 0 <= self.capo_max_missing_mass <= 1:
             raise ValueError(f"capo_max_missing_mass={self.capo_max_missing_mass} is a probability: give it in [0, 1]")
+        if self.capo_kl_budget is not None:
+            if not self.capo_kl_budget > 0:
+                raise ValueError(f"capo_kl_budget={self.capo_kl_budget} must be above 0, or null for no budget")
+            if self.capo_mode != "mask":
+                raise ValueError(
+                    f"capo_kl_budget changes the run and capo_mode={self.capo_mode!r} must not: use capo_mode='mask', "
+                    "with infinite thresholds if no token is to be rejected"
+                )
         if self.capo_mode == "mask" and self.loss_type not in MASKABLE_LOSSES:
             raise ValueError(
                 f"capo_mode='mask' has no denominators for loss_type={self.loss_type!r}: "

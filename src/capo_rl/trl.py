@@ -35,6 +35,7 @@ from capo_rl.last_layer import tile_elements
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
+from capo_rl.trust_region import shorten
 
 STATE_FILE = "capo_state.safetensors"
 
@@ -73,6 +74,7 @@ class CAPOTrainer(GRPOTrainer):
         # To measure an update: how to run each micro-batch's forward again, and which tokens count.
         self._forwards: list[Callable[[nn.Module], Any]] = []
         self._token_masks: list[Tensor] = []
+        self._weights_before: list[Tensor] = []
         if args.capo_mode != "off":
             _check_head(self._causal_lm(self.model))
             self.planner = Planner(
@@ -266,15 +268,27 @@ class CAPOTrainer(GRPOTrainer):
         else:
             figures = self.planner.commit(self._clip)
         self._clip = 1.0
+        if self.args.capo_kl_budget is not None:
+            self._weights_before = [parameter.detach().clone() for parameter in self._trained()]
         figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
     def _after_step(self, measure: bool) -> None:
-        """Measure the KL of the update where it is to be logged, and start afresh."""
+        """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         assert self.planner is not None
-        if measure and self._forwards:
-            start = time.perf_counter()
+        start = time.perf_counter()
+        if self.args.capo_kl_budget is not None:
+            update = shorten(
+                self._trained(),
+                self._weights_before,
+                lambda: self.planner.measured_kl(self._logits_now),
+                self.args.capo_kl_budget,
+            )
+            self._weights_before = []
+            self._record({"capo/kl/proposed": update.proposed, "capo/kl/fraction": update.fraction})
+            self._record({"capo/kl/measured": update.measured, "capo/kl/seconds": time.perf_counter() - start})
+        elif measure:
             kl = self.planner.measured_kl(self._logits_now)
             self._record({"capo/kl/measured": kl, "capo/kl/seconds": time.perf_counter() - start})
         self._record({"capo/seconds": self.planner.clear()})
@@ -292,6 +306,9 @@ class CAPOTrainer(GRPOTrainer):
         ):
             forward(self.model_wrapped)
         yield from self._project(self.model_wrapped, hidden[0][mask])
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _record(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
