@@ -199,6 +199,7 @@ def test_predicted_kl_is_exact_for_a_small_step_of_the_head_alone(build):
         {"importance_sampling_level": "sequence", "capo_granularity": "sequence"},
         {"beta": 0.1},
         {"max_grad_norm": 0.0},
+        {"bf16": True},
     ],
     ids=str,
 )

@@ -39,10 +39,9 @@ from capo_rl.trust_region import shorten
 
 STATE_FILE = "capo_state.safetensors"
 
-# Mean |difference| of log π(a) between the hooked hidden states and the trainer's own, above which they are not
-# the same thing. Half precision rounds the two projections differently.
-_LOGP_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3}
-_LOGP_TOLERANCE_HALF = 0.1
+# Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
+# thing: in single precision, and where half precision may round the two projections differently.
+_LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 
 
 class CAPOTrainer(GRPOTrainer):
@@ -202,7 +201,8 @@ class CAPOTrainer(GRPOTrainer):
     def _check_log_probs(self, planned: MicroBatch, logps: Tensor, dtype: torch.dtype) -> None:
         error = (planned.layer.log_pi_a - logps).abs()
         error = error[error.isfinite()]
-        if len(error) and error.mean() > _LOGP_TOLERANCE.get(dtype, _LOGP_TOLERANCE_HALF):
+        half = dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
+        if len(error) and error.mean() > (_LOGP_TOLERANCE_HALF if half else _LOGP_TOLERANCE):
             raise RuntimeError(
                 f"the hooked hidden states give log-probabilities that differ from the loss's by {error.mean():.3g} "
                 "nats on average: something lies between the backbone and the head that CAPO does not model"
@@ -243,7 +243,9 @@ class CAPOTrainer(GRPOTrainer):
         scale = _logit_scale(causal_lm)
         rows = max(1, 16 * tile_elements(hidden.device) // len(head.weight))
         for some in hidden.split(rows):
-            yield F.linear(some.to(head.weight.dtype), head.weight, head.bias) * scale
+            with self.accelerator.autocast():  # as the loss projects them
+                logits = F.linear(some.to(head.weight.dtype), head.weight, head.bias) * scale
+            yield logits
 
     # ---- around the optimizer's step -----------------------------------------------------------------------------
 
