@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import is_async_callable
 
 from capo_rl.config import CAPOConfig
+from capo_rl.grading import guarded
 from capo_rl.last_layer import tile_elements
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.selection import accepted_mean
@@ -49,7 +51,8 @@ class CAPOTrainer(GRPOTrainer):
 
     Its only change to training, with `capo_mode="mask"`: rejected tokens get an advantage of zero, and denominators
     count accepted tokens (`selection.accepted_mean`); a step with every token rejected is skipped. `monitor` computes
-    and logs the same and changes nothing; `off` is TRL.
+    and logs the same and changes nothing; `off` is TRL. In every mode a reward function that raises or returns NaN
+    loses that completion and not the run (`grading.guarded`).
 
     Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
     than a crash.
@@ -65,6 +68,10 @@ class CAPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
+        if isinstance(reward_funcs, list):
+            reward_funcs = [_guarded(reward) for reward in reward_funcs]
+        elif reward_funcs is not None:
+            reward_funcs = _guarded(reward_funcs)
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
         self.planner: Planner | None = None
         self._completions = 0
@@ -390,6 +397,13 @@ _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
     "adam": lambda args: AdamStep(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
+
+
+def _guarded(reward: Any) -> Any:
+    """A reward function that fails loses its completion, not the run; models and async functions stay as they are."""
+    if isinstance(reward, str | nn.Module) or is_async_callable(reward):
+        return reward
+    return guarded(reward)
 
 
 def _check_head(causal_lm: Any) -> None:
