@@ -1,0 +1,429 @@
+"""Grade mathematical answers against a gold answer, without trusting the text that is graded.
+
+math-verify decides equality (https://github.com/huggingface/Math-Verify), in worker processes: it evaluates
+what a model wrote, and a model may write `\\boxed{10^{10^{10}}}`. Each answer has a deadline and each worker
+a memory limit, both kept by the operating system. What cannot be graded is `None`: neither right nor wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import logging
+import math
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TIMED_OUT = "timed out"
+
+_TAIL = 16_384  # characters of a completion that are read, from its end: the answer comes last
+_LONGEST_ANSWER = 2_000  # the longest gold answer of MATH has 159 characters
+_MEMORY = 2 << 30  # bytes of address space a worker may have; an idle one has about 0.1 GiB
+_STARTUP = 120.0  # seconds to import sympy, on a machine that is busy with something else
+
+_BEFORE, _AFTER = " \t\r\n$", " \t\r\n$.,;:"  # what may surround an answer without changing it
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_INTEGER = re.compile(r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right (`None`: it could not be graded), why, and the answer that was read."""
+
+    correct: bool | None
+    reason: str
+    extracted: str | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """1.0, 0.0, or `None`, which TRL leaves out of the group's baseline."""
+        return None if self.correct is None else float(self.correct)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}`, or `None`; linear in the length of the text.
+
+    >>> extract_answer(r"First \boxed{1}, no: $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> extract_answer(r"so it is $\boxed 2$.")
+    '2'
+    >>> extract_answer(r"cut off: \boxed{\frac{1}{2")
+    """
+    start = None
+    for box in _BOX.finditer(text):
+        start = box.end()
+    if start is None:
+        return None
+    if not text.startswith("{", start):
+        bare = re.compile(r"[^\s$]*").match(text, start)
+        return (bare[0].rstrip(".,;:") if bare else "") or None
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is matched with its backslash: 0
+        if depth == 0:
+            return text[start + 1 : brace.start()].strip()
+    return None
+
+
+def _bare(answer: str) -> str:
+    r"""The answer without the dollars, spaces and punctuation around it; `\,` and `\$` stay whole."""
+    answer = answer.lstrip(_BEFORE)
+    bare = answer.rstrip(_AFTER)
+    return answer[: len(bare) + 1] if bare.endswith("\\") else bare
+
+
+def _integer(text: str) -> int | None:
+    return int(text.replace(",", "")) if _INTEGER.fullmatch(text) else None
+
+
+def _quick_verdict(completion: str, gold: str) -> Verdict | str:
+    """The verdict where no algebra is needed, else the answer that math-verify has to look at."""
+    answer = extract_answer(completion[-_TAIL:])
+    if answer is None:
+        return Verdict(False, "no boxed answer")
+    bare, bare_gold = _bare(answer), _bare(gold)
+    if not bare:
+        return Verdict(False, "empty box", answer)
+    if bare == bare_gold:
+        return Verdict(True, "the same text", answer)
+    number, gold_number = _integer(bare), _integer(bare_gold)
+    if number is not None and gold_number is not None:
+        same = number == gold_number
+        return Verdict(same, "the same integer" if same else "another integer", answer)
+    if len(answer) > _LONGEST_ANSWER:
+        return Verdict(False, f"longer than {_LONGEST_ANSWER} characters", answer[:_LONGEST_ANSWER])
+    return answer
+
+
+class Grader:
+    r"""Grades answers in `workers` processes, each answer within `deadline` seconds and 2 GiB.
+
+    The processes start when an answer needs one (equal text and plain integers don't), and end with
+    `close()`, with the `with` block, or with this process. After `close()` the next answer starts them again.
+
+    Raises `ValueError` for a deadline that is not positive, and, on the first answer that needs a process,
+    `RuntimeError` if none can start (say, math-verify is not installed).
+
+    >>> with Grader(workers=1) as grader:
+    ...     grader.grade(r"Thus $\boxed{\frac{2}{4}}$.", "0.5")
+    Verdict(correct=True, reason='equal by math-verify', extracted='\\frac{2}{4}')
+    """
+
+    def __init__(self, *, workers: int | None = None, deadline: float = 5.0) -> None:
+        if not 0 < deadline < math.inf:
+            raise ValueError(f"deadline={deadline}: give each answer a finite number of seconds above 0")
+        self.workers = workers or min(4, os.cpu_count() or 1)
+        self.deadline = deadline
+        # A slot is a worker, or None where one has yet to start; last in, first out, so that grading one
+        # answer at a time keeps using the same process.
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(self.workers):
+            self._slots.put(None)
+        self._started: set[_Worker] = set()
+        self._close = weakref.finalize(self, _stop_all, self._started)  # runs at exit as well
+
+    def grade(self, completion: str, gold: str) -> Verdict:
+        """The verdict on one completion."""
+        quick = _quick_verdict(completion, gold)
+        return quick if isinstance(quick, Verdict) else self._algebra(quick, gold)
+
+    def grade_all(self, completions: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """The verdicts on all completions, in their order, `workers` at a time.
+
+        Raises `ValueError` if there are not as many gold answers as completions.
+        """
+        if len(completions) != len(golds):
+            raise ValueError(f"{len(completions)} completions but {len(golds)} gold answers")
+        with ThreadPoolExecutor(self.workers) as threads:
+            return list(threads.map(self.grade, completions, golds))
+
+    def ungradable(self, answers: Iterable[str], *, progress: bool = False) -> set[int]:
+        """Positions of the gold answers that are no integers and that math-verify can't parse in time."""
+        answers = list(answers)
+        unknown = {answer for answer in answers if _integer(_bare(answer)) is None}
+        with ThreadPoolExecutor(self.workers) as threads:
+            parsed: Iterable[bool] = threads.map(self._parses, unknown)
+            if progress:
+                from tqdm.auto import tqdm
+
+                parsed = tqdm(parsed, total=len(unknown), desc="checking the gold answers", leave=False)
+            bad = {answer for answer, good in zip(unknown, parsed, strict=True) if not good}
+        return {row for row, answer in enumerate(answers) if answer in bad}
+
+    def close(self) -> None:
+        """End the worker processes now."""
+        _stop_all(self._started)
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _algebra(self, answer: str, gold: str) -> Verdict:
+        reply = self._ask({"gold": gold, "answer": answer})
+        return Verdict(reply["correct"], reply["reason"], answer)
+
+    def _parses(self, gold: str) -> bool:
+        return self._ask({"gold": gold})["correct"] is True
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        worker = self._slots.get()
+        try:
+            if worker is not None and not worker.alive:
+                worker.stop()
+                self._started.discard(worker)
+                worker = None
+            if worker is None:
+                worker = _Worker()
+                self._started.add(worker)
+            return worker.ask(question | {"deadline": self.deadline})
+        finally:
+            self._slots.put(worker)
+
+
+class _Worker:
+    """One process that answers questions, one line of JSON each, until its standard input ends.
+
+    Not `multiprocessing` (nor a pool on top of it): a spawned child imports the caller's main script again,
+    and a training script without a `__main__` guard would start a second training. Running this file by its
+    path imports neither that script nor torch.
+    """
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        if not self._readline():  # the imports are over, and the first deadline can run
+            code = self._process.wait()
+            self.stop()
+            raise RuntimeError(f"a grading process could not start (exit code {code}); its error is above")
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The worker's reply; a worker that died is asked nothing again."""
+        assert self._process.stdin is not None
+        line = json.dumps(question).encode() + b"\n"
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            reply = self._readline()
+        except (OSError, ValueError):  # it died, or was stopped, between two questions
+            reply = b""
+        if reply:
+            return json.loads(reply)
+        code = self._process.wait()
+        self.stop()
+        died = TIMED_OUT if code == -signal.SIGALRM else f"the grading process died (exit code {code})"
+        return {"correct": None, "reason": died}
+
+    def stop(self) -> None:
+        """Kill the process and close both pipes."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # a question that nobody will read
+                    pipe.close()
+
+    def _readline(self) -> bytes:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return line if line.endswith(b"\n") else b""
+
+
+def _stop_all(workers: set[_Worker]) -> None:
+    while workers:
+        workers.pop().stop()
+
+
+def _serve() -> None:
+    """A worker's life. The kernel ends it at a deadline: SIGALRM kills even inside a C multiplication."""
+    import resource
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.setitimer(signal.ITIMER_REAL, _STARTUP)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints must not look like a reply
+
+    logging.disable()  # math-verify warns that its own time-outs are off, which is the point
+    _judge({"gold": "1", "answer": r"\frac{1}{2}"})  # imports, and compiles math-verify's patterns
+    replies.write("ready\n")
+    for line in sys.stdin.buffer:
+        question = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, question["deadline"])
+        try:
+            correct, reason = _judge(question)
+        except (MemoryError, RecursionError) as error:
+            correct, reason = None, f"out of memory ({type(error).__name__})"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(json.dumps({"correct": correct, "reason": reason}) + "\n")
+
+
+def _judge(question: dict[str, Any]) -> tuple[bool | None, str]:
+    """math-verify's verdict on an answer or, without an answer, on whether the gold answer parses."""
+    from math_verify import verify
+
+    golds = _parse(question["gold"])
+    known = any(not isinstance(gold, str) for gold in golds)
+    if "answer" not in question:
+        return known, "parses" if known else "does not parse"
+    answers = _parse(question["answer"])
+    for gold, answer in product(golds, answers):
+        try:
+            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                return True, "equal by math-verify"
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # sympy can't compare, say, a matrix with an interval: then they differ
+            continue
+    if not known:
+        return None, "the gold answer does not parse"  # other texts may well mean the same
+    return False, "different by math-verify" if answers else "the answer does not parse"
+
+
+def _parse(answer: str) -> list[Any]:
+    """What math-verify reads in an answer: an expression and its text, only the text, or nothing."""
+    from math_verify import LatexExtractionConfig, parse
+
+    # The box and nothing else. By default math-verify goes on to search an answer that it can't parse, and
+    # takes the last fraction or number in it: it reads `\frac{7}{5} + \frac{1}{5} i.`, from MATH, as 1/5.
+    box_only = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    return parse(f"\\boxed{{{_bare(answer)}}}", [box_only], extraction_mode="first_match", parsing_timeout=None)
+
+
+@functools.cache
+def shared_grader() -> Grader:
+    """The one grader of this process that the reward functions use."""
+    return Grader()
+
+
+def accuracy_reward(
+    completions: Sequence[Any],
+    answer: Sequence[str],
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    r"""TRL reward: 1.0 where the boxed answer equals `answer`, 0.0 where not, `None` if it can't be graded.
+
+    Logs how many answers of this batch timed out, and how many could not be graded (time-outs among them).
+
+    >>> accuracy_reward([r"$\boxed{4}$", [{"role": "assistant", "content": r"\boxed{5}"}]], ["4", "4"])
+    [1.0, 0.0]
+    """
+    verdicts = shared_grader().grade_all([completion_text(completion) for completion in completions], answer)
+    if log_metric is not None:
+        log_metric("grader/timeouts", float(sum(v.reason == TIMED_OUT for v in verdicts)))
+        log_metric("grader/ungradable", float(sum(v.correct is None for v in verdicts)))
+    return [verdict.reward for verdict in verdicts]
+
+
+def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
+    """The text of a completion: its own, or that of a conversation's last message.
+
+    >>> completion_text([{"role": "assistant", "content": "4"}])
+    '4'
+    """
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    return content if isinstance(content, str) else ""
+
+
+class Guarded:
+    """A reward function whose failures are `None` instead of the end of the run; `missing` counts them."""
+
+    __name__: str
+
+    def __init__(self, reward_func: Callable[..., Sequence[Any]]) -> None:
+        functools.update_wrapper(self, reward_func)
+        self.missing = 0
+        self._reward_func = reward_func
+        self._warned = False
+
+    def __call__(self, completions: Sequence[Any], **kwargs: Any) -> list[Any]:
+        try:
+            rewards = self._rewards(completions, kwargs)
+        except Exception as error:
+            self._warn(error)
+            rewards = [self._alone(i, completions, kwargs) for i in range(len(completions))]
+        return [self._finite(reward) for reward in rewards]
+
+    def _rewards(self, completions: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        rewards = list(self._reward_func(completions=completions, **kwargs))
+        if len(rewards) != len(completions):
+            raise ValueError(f"{len(rewards)} rewards for {len(completions)} completions")
+        return rewards
+
+    def _alone(self, i: int, completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        n = len(completions)
+        one = {k: [v[i]] if isinstance(v, list) and len(v) == n else v for k, v in kwargs.items()}
+        try:
+            return self._rewards([completions[i]], one)[0]
+        except Exception:
+            return math.nan  # counted with the rewards that are not numbers
+
+    def _finite(self, reward: Any) -> Any:
+        if reward is None:
+            return None
+        try:
+            if math.isfinite(reward):
+                return reward
+        except (TypeError, ValueError, OverflowError) as error:
+            self._warn(error)
+        self.missing += 1
+        return None
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "reward function %s failed and will be left out where it does: %s: %s",
+                self.__name__,
+                type(error).__name__,
+                error,
+            )
+
+
+def guarded(reward_func: Callable[..., Sequence[Any]]) -> Guarded:
+    """Wrap a reward function: where it raises on a batch, each completion is scored alone.
+
+    A completion that still raises, or whose reward is NaN, infinite or no number, gets `None` and is counted
+    in `.missing`; the first exception is logged. Everything else passes through unchanged.
+
+    Raises `TypeError` for an async function: its exceptions come when TRL awaits it, out of reach here.
+
+    >>> def inverse(completions, **kwargs):
+    ...     return [1 / len(completion) for completion in completions]
+    >>> reward = guarded(inverse)
+    >>> reward(completions=["ab", ""]), reward.missing, reward.__name__
+    ([0.5, None], 1, 'inverse')
+    """
+    if inspect.iscoroutinefunction(reward_func):
+        raise TypeError(f"{reward_func.__name__} is async: guarded() wraps plain functions only")
+    return Guarded(reward_func)
+
+
+if __name__ == "__main__":
+    _serve()

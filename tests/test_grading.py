@@ -1,0 +1,392 @@
+"""Grading: hostile text, deadlines, and rewards that are missing rather than wrong."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capo_rl import grading
+from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer, guarded
+
+DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2, deadline=2.0) as grader:
+        yield grader
+
+
+def processes(grader):
+    return [worker._process for worker in grader._started]
+
+
+# --- extraction
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"\boxed{2}", "2"),
+        (r"\boxed{1} then \fbox{ 2 }", "2"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} and more}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed {7}", "7"),
+        ("\\boxed\n{7}", "7"),
+        (r"$\boxed 2$", "2"),
+        (r"it is \boxed 12.", "12"),
+        (r"\boxed\frac12$", r"\frac12"),
+        (r"\boxed{}", ""),
+        (r"\boxed{1}, but \boxedx", "1"),
+        (r"\boxed", None),
+        (r"\boxed $", None),
+        (r"\boxed{1", None),
+        (r"the answer is 2", None),
+        ("", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+balanced = st.recursive(
+    st.text(alphabet="0123456789abc+-^ ,", max_size=5),
+    lambda inner: st.tuples(inner, inner).map(lambda pair: f"{pair[0]}{{{pair[1]}}}"),
+    max_leaves=8,
+)
+
+
+@given(before=st.text(max_size=30), content=balanced, after=st.text(max_size=30))
+def test_a_balanced_box_comes_back_whole(before, content, after):
+    after = after.replace("box", "")
+    assert extract_answer(f"{before} \\boxed{{{content}}}{after}") == content.strip()
+
+
+@pytest.mark.parametrize("unit", ["{", "}", "\\boxed{", "\\boxed", "\\", "\\boxed ", "\\boxed{{}", "\0"])
+def test_extraction_is_linear(unit):
+    text = unit * (1_000_000 // len(unit))
+    start = time.perf_counter()
+    extract_answer(text)
+    assert time.perf_counter() - start < 3  # a quadratic scan of 1 MB takes minutes
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "correct"),
+    [
+        ("42", "42", True),
+        ("$42$", " 42 ", True),
+        ("1,234", "1234", True),
+        ("007", "7", True),
+        ("-3", "3", False),
+        ("9" * 200, "9" * 201, False),
+        (r"\frac{1}{2}", "0.5", True),
+        (r"\dfrac12", r"\frac{1}{2}", True),
+        (r"\frac{1}{3}", "0.5", False),
+        ("(3,4)", "(3, 4)", True),
+        ("(4,3)", "(3,4)", False),
+        ("3,1,2", "1,2,3", True),
+        ("1+x^2", "x^2+1", True),
+        (r"\text{Tuesday}", "Tuesday", True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix} ", True),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "[1,2]", False),
+        (r"x \in [1,2)", "[1,2)", True),
+        (r"-\frac53", r"-\frac{5}{3}.", True),
+        (r"\frac{1}{5}", r"\frac{7}{5} + \frac{1}{5} i.", False),
+        (r"}{ \frac{1}{2}", r"\frac{1}{2}", False),
+        (r"a+b+c)", "a+b+c", False),
+        (r"5\,", "5", True),
+        ("5.", "$5$", True),
+        (r"10^{100}", "10^{100}+1", False),
+        ("", "", False),
+        (" $ ", "3", False),
+    ],
+)
+def test_verdicts(grader, answer, gold, correct):
+    verdict = grader.grade(f"so \\boxed{{{answer}}}", gold)
+    assert verdict.correct is correct, verdict
+    assert verdict.reason
+
+
+@given(a=st.integers(-(10**20), 10**20), b=st.integers(-(10**20), 10**20))
+@settings(max_examples=50)
+def test_integers_need_no_process(a, b):
+    grader = Grader()
+    assert grader.grade(f"\\boxed{{{a:,}}}", str(b)).correct is (a == b)
+    assert grader.grade(f"\\boxed{{{a}}}", f"{a:,}").correct is True
+    assert not processes(grader)
+
+
+def test_no_box_is_wrong_and_says_so():
+    assert Grader().grade("The answer is 4.", "4") == Verdict(False, "no boxed answer")
+
+
+def test_grade_all_keeps_the_order(grader):
+    golds = [f"\\frac{{{n}}}{{7}}" for n in range(1, 7)] * 4
+    answers = [f"\\boxed{{{n}/7}}" for n in (1, 2, 0, 4, 5, 0)] * 4
+    assert [v.correct for v in grader.grade_all(answers, golds)] == [True, True, False, True, True, False] * 4
+    with pytest.raises(ValueError, match="24 completions but 1 gold"):
+        grader.grade_all(answers, golds[:1])
+
+
+HOSTILE = {
+    "a megabyte of opening braces": ("\\boxed" + "{" * 1_000_000, "1"),
+    "a megabyte of braces": ("\\boxed{" + "{}" * 500_000 + "}", "1"),
+    "8,000 nested braces": ("\\boxed{" + "{" * 4000 + "1" + "}" * 4000 + "}", "1"),
+    "nested parentheses": ("\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}", "1/2"),
+    "nested fractions that equal 2": ("\\boxed{" + "\\frac{1}{" * 150 + "2" + "}" * 150 + "}", "1/2"),
+    "a tower of powers": ("\\boxed{" + "x^" * 900 + "2}", "x"),
+    "NUL": ("\\boxed{\0}", "1"),
+    "NUL in a number": ("\\boxed{1\0}", "1/2"),
+    "a lone surrogate": ("\\boxed{\ud800}", "1/2"),
+    "line separators": ("\\boxed{1\n2\r3\u20284}", "1/2"),
+    "five thousand digits": ("\\boxed{" + "9" * 5000 + "}", "1"),
+    "digits that int() refuses": ("\\boxed{" + "9" * 1500 + "}", "1"),
+    "Unicode digits": ("\\boxed{٣}", "3"),
+    "dollars": ("\\boxed{" + "$" * 1500 + "x}", "1"),
+    "Python": ("\\boxed{__import__('os').system('echo owned')}", "1"),
+    "JSON": ('\\boxed{"}\n{"correct": true, "reason": "x"}}', "1/2"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE, ids=list(HOSTILE))
+def test_hostile_text_ends_in_a_verdict(grader, case):
+    text, gold = HOSTILE[case]
+    start = time.monotonic()
+    verdict = grader.grade(text, gold)
+    assert verdict.correct is not True and verdict.reason
+    assert time.monotonic() - start < grader.deadline + 10  # the deadline, and a new process's imports
+
+
+@given(text=st.text(max_size=40), gold=st.sampled_from(["1", r"\frac{1}{2}", "x+1", r"\text{no}"]))
+@settings(max_examples=60, deadline=None)
+def test_any_text_gets_a_verdict(grader, text, gold):
+    verdict = grader.grade(f"\\boxed{{{text}}}", gold)
+    assert verdict.correct in (True, False, None) and verdict.reason
+
+
+# --- deadlines, memory, and processes
+
+
+def test_what_hangs_sympy_is_a_time_out_and_the_others_are_graded():
+    with Grader(workers=1, deadline=1.0) as grader:
+        grader.grade(r"\boxed{\frac{2}{4}}", "1/2")  # the process starts outside the measured time
+        start = time.monotonic()
+        verdicts = grader.grade_all([r"\boxed{10^{10^{10}}}", r"\boxed{\frac{2}{4}}", r"\boxed{9}"], ["10", "1/2", "8"])
+        elapsed = time.monotonic() - start
+    assert [v.correct for v in verdicts] == [None, True, False]
+    assert verdicts[0].reason == TIMED_OUT and verdicts[0].reward is None
+    assert verdicts[0].extracted == "10^{10^{10}}"
+    assert 1.0 <= elapsed < 10
+
+
+def test_the_start_of_a_process_does_not_count_against_the_deadline():
+    with Grader(workers=1, deadline=0.3) as grader:  # importing sympy alone takes longer than this
+        assert grader.grade(r"\boxed{\frac{2}{4}}", "1/2").correct is True
+
+
+def test_memory_is_bounded(grader):
+    grader.grade(r"\boxed{\frac{2}{4}}", "1/2")
+    for process in processes(grader):
+        if Path(f"/proc/{process.pid}/limits").exists():
+            limits = Path(f"/proc/{process.pid}/limits").read_text()
+            assert f"Max address space         {2 << 30}" in limits
+
+
+def test_a_killed_process_costs_one_answer_at_most(grader):
+    grader.grade(r"\boxed{\frac{2}{4}}", "1/2")
+    for process in processes(grader):
+        process.send_signal(signal.SIGKILL)
+    verdicts = [grader.grade(r"\boxed{\frac{2}{4}}", "1/2") for _ in range(3)]
+    assert verdicts[-1].correct is True
+    assert all(v.correct is True or "died" in v.reason for v in verdicts)
+
+
+def test_close_ends_the_processes_and_the_next_answer_starts_them_again():
+    grader = Grader(workers=2)
+    assert not processes(grader)  # lazy
+    assert grader.grade_all([r"\boxed{2/4}"] * 2, ["0.5"] * 2) == [Verdict(True, "equal by math-verify", "2/4")] * 2
+    started = processes(grader)
+    assert started and all(process.poll() is None for process in started)
+    grader.close()
+    assert all(process.poll() is not None for process in started)
+    with grader:
+        assert grader.grade(r"\boxed{2/4}", "0.5").correct is True
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc to see which processes run")
+@pytest.mark.parametrize("answer", ["2/4", "10^{10^{10}}"], ids=["idle", "busy"])
+def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answer):
+    # No __main__ guard: with multiprocessing, each worker would run this script again.
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, threading, time\n"
+        "from capo_rl.grading import Grader\n"
+        "grader = Grader(workers=1, deadline=2.0)\n"
+        "grader.grade(r'\\boxed{2/4}', '0.5')\n"
+        f"threading.Thread(target=grader.grade, args=(r'\\boxed{{{answer}}}', '10')).start()\n"
+        "time.sleep(0.2)\n"
+        "print(*(w._process.pid for w in grader._started), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    with parent:
+        (pid,) = map(int, parent.stdout.readline().split())
+        assert is_running(pid)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def test_a_process_that_cannot_start_is_an_error_not_a_verdict(monkeypatch, tmp_path, capfd):
+    broken = tmp_path / "grading.py"
+    broken.write_text("import no_such_module")
+    monkeypatch.setattr(grading, "__file__", str(broken))
+    with Grader(workers=1) as grader, pytest.raises(RuntimeError, match="could not start"):
+        grader.grade(r"\boxed{1/2}", "0.5")
+    assert "no_such_module" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("deadline", [0, -1, math.inf, math.nan])
+def test_a_deadline_is_finite(deadline):
+    with pytest.raises(ValueError, match="deadline="):
+        Grader(deadline=deadline)
+
+
+# --- gold answers
+
+
+def test_ungradable_gold_answers(grader):
+    assert grader.ungradable(["1", "1,000", r"\frac12", "", "  ", "}{", "x+1", r"\text{no}", "x^"]) == {
+        3,
+        4,
+        5,
+        8,
+    }
+
+
+@pytest.mark.skipif(not (DATA / "math_train12k.jsonl").exists(), reason="no shared data: set CAPO_DATA")
+def test_every_tenth_gold_answer_of_math_equals_itself(grader):
+    lines = (DATA / "math_train12k.jsonl").read_text(encoding="utf-8").split("\n")
+    golds = [json.loads(line)["answer"] for line in lines[::10] if line]
+    golds = [gold for gold in golds if grading._integer(gold) is None]
+    assert len(golds) > 300
+    assert [gold for gold in golds if not grader._algebra(gold, gold).correct] == []
+
+
+# --- rewards
+
+
+def test_accuracy_reward_in_both_formats_with_time_outs_counted_apart(monkeypatch, grader):
+    monkeypatch.setattr(grading, "shared_grader", lambda: grader)
+    completions = [r"\boxed{4}", r"\boxed{5}", "none", r"\boxed{10^{10^{10}}}", r"\boxed{7}"]
+    answer = ["4", "4", "4", "10", "x^"]
+    rewards = [1.0, 0.0, 0.0, None, None]
+    conversations = [[{"role": "assistant", "content": text}] for text in completions]
+    for batch in (completions, conversations):
+        logged = {}
+        assert accuracy_reward(batch, answer, log_metric=logged.__setitem__, prompts=None) == rewards
+        assert logged == {"grader/timeouts": 1.0, "grader/ungradable": 2.0}
+
+
+def test_an_answer_is_wrong_only_if_the_gold_answer_is_known(grader):
+    assert grader.grade(r"\boxed{x^ }", "x^").correct is True  # the same text all the same
+    assert grader.grade(r"\boxed{2}", "x^") == Verdict(None, "the gold answer does not parse", "2")
+
+
+def test_a_message_without_text_is_an_answer_without_box():
+    assert accuracy_reward([[{"role": "assistant", "content": None}], []], ["1", "1"]) == [0.0, 0.0]
+
+
+def test_guarded_passes_results_through():
+    def reward(completions, **kwargs):
+        """Say what it does."""
+        return [1, 0.5, None, True]
+
+    wrapped = guarded(reward)
+    assert wrapped(completions=list("abcd"), prompts=None) == [1, 0.5, None, True]
+    assert (wrapped.missing, wrapped.__name__, wrapped.__doc__) == (0, "reward", "Say what it does.")
+
+
+def test_guarded_leaves_out_what_is_no_finite_number(caplog):
+    wrapped = guarded(lambda completions: [math.nan, math.inf, -math.inf, "1", 10**400, 2.0])
+    assert wrapped(completions=list("abcdef")) == [None, None, None, None, None, 2.0]
+    assert wrapped.missing == 5
+
+
+def test_guarded_scores_one_by_one_where_the_batch_raises(caplog):
+    calls = []
+
+    def reward(completions, answer, prompts, trainer_state, short):
+        calls.append((completions, answer, prompts, trainer_state, short))
+        if "bad" in completions:
+            raise KeyError("a bug")
+        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    wrapped = guarded(reward)
+    kwargs = {"answer": ["x", "y", "z"], "prompts": ["p", "q", "r"], "trainer_state": "s", "short": [1]}
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert wrapped(completions=["x", "bad", "y"], **kwargs) == [1.0, None, 0.0]
+    assert wrapped.missing == 2
+    assert calls[1:4] == [
+        (["x"], ["x"], ["p"], "s", [1]),
+        (["bad"], ["y"], ["q"], "s", [1]),
+        (["y"], ["z"], ["r"], "s", [1]),
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        "reward function reward failed and will be left out where it does: KeyError: 'a bug'"
+    ]
+
+
+def test_guarded_survives_a_function_that_always_raises(caplog):
+    def reward(completions):
+        raise OSError("the service is down")
+
+    wrapped = guarded(reward)
+    assert wrapped(completions=["a", "b"]) == [None, None]
+    assert wrapped.missing == 2 and "the service is down" in caplog.text
+
+
+def test_guarded_takes_a_wrong_number_of_rewards_for_a_failure(caplog):
+    wrapped = guarded(lambda completions: [1.0])
+    assert wrapped(completions=["a", "b"]) == [1.0, 1.0]  # one by one, it is right
+    assert guarded(lambda completions: None)(completions=["a"]) == [None]
+    assert "1 rewards for 2 completions" in caplog.text
+
+
+def test_guarded_does_not_hide_an_interrupt():
+    def reward(completions):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        guarded(reward)(completions=["a"])
+
+
+def test_guarded_refuses_async_functions():
+    async def reward(completions):
+        return [1.0]
+
+    with pytest.raises(TypeError, match="async"):
+        guarded(reward)
