@@ -106,6 +106,8 @@ class CAPOConfig(GRPOConfig):
         return Thresholds(self.capo_fisher_threshold, (self.capo_hessian_low, self.capo_hessian_high))
 
     def __post_init__(self):
+        if self.capo_mode is False:  # how YAML reads a bare `off`
+            self.capo_mode = "off"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")

@@ -285,22 +285,23 @@ class CAPOTrainer(GRPOTrainer):
 
     def _after_step(self, measure: bool) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
-        assert self.planner is not None
+        planner = self.planner
+        assert planner is not None
         start = time.perf_counter()
         if self.args.capo_kl_budget is not None:
             update = shorten(
                 self._trained(),
                 self._weights_before,
-                lambda: self.planner.measured_kl(self._logits_now),
+                lambda: planner.measured_kl(self._logits_now),
                 self.args.capo_kl_budget,
             )
             self._weights_before = []
             self._record({"capo/kl/proposed": update.proposed, "capo/kl/fraction": update.fraction})
             self._record({"capo/kl/measured": update.measured, "capo/kl/seconds": time.perf_counter() - start})
         elif measure:
-            kl = self.planner.measured_kl(self._logits_now)
+            kl = planner.measured_kl(self._logits_now)
             self._record({"capo/kl/measured": kl, "capo/kl/seconds": time.perf_counter() - start})
-        self._record({"capo/seconds": self.planner.clear()})
+        self._record({"capo/seconds": planner.clear()})
         self._forwards.clear()
         self._token_masks.clear()
 

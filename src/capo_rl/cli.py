@@ -1,0 +1,94 @@
+"""The command `capo`. Nothing heavy is imported before a command is known, so `capo --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from capo_rl import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="capo",
+        description="Curvature-Aware Policy Optimization: RL post-training that leaves out the tokens that would break "
+        "the run.",
+    )
+    parser.add_argument("--version", action="version", version=f"capo-rl {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model by a recipe, or go on with a run that was stopped",
+        description="Train a model by a recipe. A run that was stopped goes on from its last checkpoint. Any field of "
+        "the recipe can be given again on the command line; `capo train RECIPE --help` lists all.",
+        usage="capo train RECIPE [--FIELD VALUE ...]",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
+    train.set_defaults(run=_train)
+
+    options = parser.parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except _mendable() as error:
+        print(f"capo: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    from capo_rl.recipe import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
+
+    from capo_rl.train import train
+
+    summary = train(recipe)
+    if summary:
+        _show(summary, recipe.training.output_dir)
+
+
+def _show(summary: dict[str, Any], folder: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(*names: str) -> str:
+        return " | ".join(f"{summary[name]:.1%}" if name in summary else "–" for name in names)
+
+    def small(*names: str) -> str:
+        return " | ".join(f"{summary[name]:.1e}" if name in summary else "–" for name in names)
+
+    rows = [
+        ("reward, first tenth → last tenth", f"{summary['reward_first']:.3f} → {summary['reward_last']:.3f}"),
+        ("completions", f"{summary.get('completions', 0):,.0f}"),
+        ("tokens rejected", percent("rejection_rate")),
+        (
+            "  of those with A > 0 | A < 0",
+            percent("rejection_rate_positive", "rejection_rate_negative"),
+        ),
+        (
+            "KL of an update, mean | max",
+            small("kl_measured_mean", "kl_measured_max"),
+        ),
+        ("time", f"{summary.get('seconds', 0):.0f} s"),
+        ("  of it curvature", f"{summary.get('seconds_curvature', 0) / max(summary.get('seconds', 0), 1e-9):.1%}"),
+    ]
+    table = Table(title=folder, show_header=False, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """The errors whose message is all a user needs; of modules that were never imported there are none."""
+    names = {"capo_rl.recipe": "RecipeError", "capo_rl.records": "RunFolderError"}
+    names |= {"capo_rl.data": "DataError", "capo_rl.models": "ModelError"}
+    return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

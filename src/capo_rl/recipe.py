@@ -1,0 +1,112 @@
+"""Recipes: one YAML file that says everything of a run, read into the dataclasses that the trainer takes."""
+
+# No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from capo_rl.config import CAPOConfig
+
+
+class RecipeError(ValueError):
+    """A recipe or an option on the command line that can't be used; the message names the field and the fix."""
+
+
+@dataclass
+class DataConfig:
+    """The problems to train on, and how they are put to the model; names as in `trl.ScriptArguments`."""
+
+    dataset_name: str = field(
+        default="",
+        metadata={
+            "help": "`arithmetic` (made up here), a JSON Lines file, or a hub id; it needs the text columns `problem` "
+            "and `answer`."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split of a hub dataset to train on."})
+    dataset_limit: int | None = field(
+        default=None, metadata={"help": "Train on this many problems, drawn with `seed`; null: on all."}
+    )
+    max_prompt_length: int | None = field(
+        default=512, metadata={"help": "Leave out problems whose prompt has more tokens (Table 2); null: none."}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "Said before each problem."})
+    prompt_suffix: str = field(default="", metadata={"help": "Said after each problem, in the same message."})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run as it was asked for: its data, its model, its training."""
+
+    data: DataConfig
+    model: ModelConfig
+    training: CAPOConfig
+
+
+_SECTIONS = (DataConfig, ModelConfig, CAPOConfig)
+
+
+def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe; `overrides` are options as on the command line, `["--learning_rate", "1e-5"]`.
+
+    Raises `RecipeError` for a file that is missing or no mapping, a field that does not exist (naming the nearest one
+    that does), and values that contradict one another.
+    """
+    overrides = list(overrides or [])
+    parser = TrlParser(_SECTIONS, prog=f"capo train {path}", usage="%(prog)s [--FIELD VALUE ...]", allow_abbrev=False)
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    for name in _mapping(path):
+        if name != "env":
+            _check_field(str(name), known, place=path)
+    for option in overrides:
+        if option.startswith("--"):
+            _check_field(option[2:].split("=")[0], known, place="on the command line")
+    try:
+        data, model, training = parser.parse_args_and_config(["--config", path, *overrides])
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if not model.model_name_or_path:
+        raise RecipeError(f"{path}: model_name_or_path is missing: give a hub id, a folder, or package:NAME")
+    if not data.dataset_name:
+        raise RecipeError(f"{path}: dataset_name is missing: give a hub id, a .jsonl file, or `arithmetic`")
+    return Recipe(data, model, training)
+
+
+def settings(recipe: Recipe) -> dict[str, object]:
+    """Every field of the recipe that differs from its default, by name; what makes a run the run it is."""
+    changed: dict[str, object] = {}
+    for section in (recipe.data, recipe.model, recipe.training):
+        defaults = {item.name: item.default for item in fields(section)}
+        asked = section.to_dict() if isinstance(section, CAPOConfig) else vars(section)
+        changed |= {name: value for name, value in asked.items() if name in defaults and value != defaults[name]}
+    return changed
+
+
+def _mapping(path: str) -> dict[str, object]:
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = file.parent if file.parent.is_dir() else Path("recipes")
+        recipes = {str(each): each.name for each in sorted(folder.glob("*.yaml"))}
+        near = difflib.get_close_matches(file.name, recipes.values(), n=1, cutoff=0.7)
+        hint = f"; did you mean {folder / near[0]}?" if near else "; give the path of a YAML file"
+        raise RecipeError(f"{path}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read ({error}); give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a YAML {type(content).__name__}; write one `field: value` a line")
+    return content
+
+
+def _check_field(name: str, known: set[str], place: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else "`capo train RECIPE --help` lists all"
+        raise RecipeError(f"{place}: there is no field `{name}`; {hint}")

@@ -1,0 +1,172 @@
+"""The folder of a run: what was asked for, what was measured at each step, and what came of it.
+
+run.json        the settings that differ from their defaults, and the versions of the libraries
+metrics.jsonl   one JSON object a logged step (docs/metrics.md)
+summary.json    written when the run is over
+curves.png
+checkpoint-N/   weights, optimizer, step model, random states
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Metrics = list[dict[str, Any]]
+
+_LIBRARIES = ("capo-rl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify")
+
+
+class RunFolderError(ValueError):
+    """An output folder that this run can't use; the message names the reason and the fix."""
+
+
+def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Whether a run with these settings may start, or go on, in this folder; writes nothing.
+
+    Raises `RunFolderError` for a folder that holds a run with other settings, or other things.
+    """
+    folder = Path(folder)
+    # through JSON and back, as the settings of the earlier run went
+    asked = json.loads(_json(settings))
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        there = json.loads((folder / "run.json").read_text())["settings"]
+    except (OSError, ValueError, KeyError):
+        raise RunFolderError(f"output_dir={folder}: not empty, and not a run of capo; choose another") from None
+    if there != asked:
+        other = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+        raise RunFolderError(
+            f"output_dir={folder}: holds a run with other settings ({', '.join(other)}); choose another folder, or "
+            "remove this one"
+        )
+
+
+def start_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write down what was asked for, and with which libraries it is run."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_json(Path(folder) / "run.json", {"settings": settings, "versions": versions()})
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in a run's folder; one that was being written when the run was killed is none.
+
+    The trainer's own state is written last, so a checkpoint that has it has everything.
+    """
+    steps = []
+    for state in Path(folder).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps.append((json.loads(state.read_text())["global_step"], str(state.parent)))
+        except (OSError, ValueError, KeyError):
+            continue
+    return max(steps)[1] if steps else None
+
+
+def write_metrics(path: Path, entries: Iterable[Mapping[str, Any]], *, append: bool = False) -> None:
+    """Write logged steps as JSON Lines; NaN and infinities become null."""
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        for entry in entries:
+            file.write(_json(entry) + "\n")
+
+
+def read_metrics(folder: str | Path) -> Metrics:
+    """The logged training steps of a run, in order.
+
+    Raises `RunFolderError` if the folder has none.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise RunFolderError(f"{path}: no such file; give the folder of a run") from None
+    # the last line of a run that was killed may be half a line
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return [entry for entry in entries if "reward" in entry]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(_json(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def summarize(entries: Metrics) -> dict[str, Any]:
+    """What a run came to: its reward at both ends, what was rejected, how far its updates went, and its costs.
+
+    `first` and `last` are means over a tenth of the logged steps; figures that the run did not log are left out.
+
+    >>> steps = [{"step": i, "reward": i / 10, "capo/completions": 16 * i} for i in range(1, 11)]
+    >>> summarize(steps)
+    {'steps': 10, 'reward_first': 0.1, 'reward_last': 1.0, 'reward_best': 1.0, 'completions': 160}
+    """
+    tenth = max(1, len(entries) // 10)
+    rewards = column(entries, "reward")
+    summary: dict[str, Any] = {
+        "steps": entries[-1]["step"] if entries else 0,
+        "reward_first": _mean(rewards[:tenth]),
+        "reward_last": _mean(rewards[-tenth:]),
+        "reward_best": max((_mean(rewards[i : i + tenth]) for i in range(len(rewards) - tenth + 1)), default=math.nan),
+    }
+    for name, key, of in (
+        ("completions", "capo/completions", max),
+        ("accepted_tokens", "capo/accepted_tokens", max),
+        ("steps_skipped", "capo/steps_skipped", max),
+        ("rejection_rate", "capo/rejection_rate", _mean),
+        ("rejection_rate_positive", "capo/rejection_rate/positive", _mean),
+        ("rejection_rate_negative", "capo/rejection_rate/negative", _mean),
+        ("missing_mass", "capo/missing_mass/mean", _mean),
+        ("kl_measured_mean", "capo/kl/measured", _mean),
+        ("kl_measured_max", "capo/kl/measured", max),
+        ("grad_norm_max", "grad_norm", max),
+        ("rewards_missing", "capo/rewards_missing", sum),
+        ("grader_timeouts", "grader/timeouts", sum),
+        ("seconds", "step_time", sum),
+        ("seconds_curvature", "capo/seconds", sum),
+        ("seconds_kl", "capo/kl/seconds", sum),
+    ):
+        if values := column(entries, key):
+            summary[name] = of(values)
+    return summary
+
+
+def column(entries: Metrics, name: str) -> list[float]:
+    """The values of one figure at the steps that have it."""
+    return [entry[name] for entry in entries if entry.get(name) is not None]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _json(content: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(content), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    """The content with NaN and infinities as None, which JSON can say."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content

@@ -1,0 +1,172 @@
+"""`capo train`: from a recipe to a trained model and the records of its run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
+from trl import get_peft_config
+
+from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
+from capo_rl.grading import accuracy_reward, shared_grader
+from capo_rl.models import load_model, load_tokenizer, locate
+from capo_rl.plots import draw_curves
+from capo_rl.recipe import Recipe, RecipeError, settings
+from capo_rl.records import (
+    check_folder,
+    last_checkpoint,
+    read_metrics,
+    start_run,
+    summarize,
+    versions,
+    write_json,
+    write_metrics,
+)
+from capo_rl.trl import CAPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe, or go on with it from its last checkpoint, and return its summary.
+
+    A run that is over already is not run again. Everything that can be wrong with the recipe, its folder and its data
+    is found before the model loads.
+    """
+    args = recipe.training
+    folder = Path(args.output_dir)
+    with args.main_process_first():
+        check_folder(folder, settings(recipe))
+    if (folder / "summary.json").exists():
+        logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
+        return summarize(read_metrics(folder))
+
+    set_seed(args.seed)
+    source = locate(recipe.model.model_name_or_path)
+    if source.gguf_file and args.beta > 0:
+        raise RecipeError(
+            f"beta={args.beta}: the KL term loads the model a second time, which does not work from GGUF; "
+            "convert it to safetensors, or set beta: 0.0"
+        )
+    problems = load_problems(
+        recipe.data.dataset_name,
+        config=recipe.data.dataset_config,
+        split=recipe.data.dataset_train_split,
+        limit=recipe.data.dataset_limit,
+        seed=args.seed,
+    )
+    tokenizer = load_tokenizer(source)
+    prompts, dropped = _prompts(recipe, problems, tokenizer)
+    model: PreTrainedModel = load_model(
+        source,
+        dtype=recipe.model.dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        revision=recipe.model.model_revision,
+    )
+    trainer = CAPOTrainer(
+        model=model,
+        reward_funcs=accuracy_reward,
+        args=args,
+        train_dataset=prompts,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(recipe.model),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Record(folder))
+    if trainer.is_world_process_zero():
+        start_run(folder, settings(recipe))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+    if not trainer.is_world_process_zero():
+        return {}
+    entries = read_metrics(folder)
+    summary = summarize(entries)
+    draw_curves(entries, folder / "curves.png", title=folder.name)
+    write_json(
+        folder / "summary.json", summary | {"dropped": dropped, "settings": settings(recipe), "versions": versions()}
+    )
+    return summary
+
+
+def _prompts(recipe: Recipe, problems: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, int]]:
+    """The problems that can be graded and are not too long, as prompts, and how many were left out."""
+    problems, ungradable = drop_ungradable(problems, shared_grader())
+    prompts = as_prompts(
+        problems,
+        conversational=tokenizer.chat_template is not None,
+        system_prompt=recipe.data.system_prompt,
+        suffix=recipe.data.prompt_suffix,
+    )
+    long = 0
+    if recipe.data.max_prompt_length is not None:
+        prompts, long = drop_long_prompts(prompts, tokenizer, recipe.data.max_prompt_length)
+    if ungradable or long:
+        logger.warning(
+            "%s: left out %d problems whose gold answer can't be parsed, and %d longer than max_prompt_length=%s",
+            recipe.data.dataset_name,
+            ungradable,
+            long,
+            recipe.data.max_prompt_length,
+        )
+    if not len(prompts):
+        raise DataError(
+            f"{recipe.data.dataset_name}: no problem is left ({ungradable} can't be graded, {long} are too long); "
+            "check the `answer` column and max_prompt_length"
+        )
+    return prompts, {"ungradable": ungradable, "too_long": long}
+
+
+class _Record(TrainerCallback):
+    """Writes metrics.jsonl and shows one line of progress, in place of a dictionary a step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.metrics = folder / "metrics.jsonl"
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            # a resumed run may have logged steps after its checkpoint, and will log them again
+            write_metrics(self.metrics, state.log_history)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=Path(args.output_dir).name,
+                unit="step",
+                dynamic_ncols=True,
+                disable=args.disable_tqdm,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.bar is not None and logs:
+            write_metrics(self.metrics, [{**logs, "step": state.global_step}], append=True)
+            self.bar.set_postfix_str(_postfix(logs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _postfix(logs: Mapping[str, float]) -> str:
+    shown = (
+        ("reward", "reward", "{:.2f}"),
+        ("rejected", "capo/rejection_rate", "{:.1%}"),
+        ("KL", "capo/kl/measured", "{:.1e}"),
+    )
+    return " ".join(f"{name} {form.format(logs[key])}" for name, key, form in shown if key in logs)

@@ -1,0 +1,87 @@
+"""A run's folder: whose it is, what counts as a checkpoint, and what its metrics come to."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from capo_rl.plots import draw_curves
+from capo_rl.records import (
+    RunFolderError,
+    check_folder,
+    last_checkpoint,
+    read_metrics,
+    start_run,
+    summarize,
+    write_json,
+    write_metrics,
+)
+
+SETTINGS = {"learning_rate": 1e-4, "capo_fisher_threshold": math.inf, "betas": (0.9, 0.99)}
+
+
+def test_a_run_may_go_on_in_its_own_folder_only(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    check_folder(folder, SETTINGS)
+    assert not folder.exists()  # an error that comes later must not leave a folder behind
+    start_run(folder, SETTINGS)
+    check_folder(folder, SETTINGS)
+    with pytest.raises(RunFolderError, match=r"other settings \(learning_rate, seed\); choose another"):
+        check_folder(folder, SETTINGS | {"learning_rate": 1e-3, "seed": 1})
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="not empty, and not a run of capo"):
+        check_folder(tmp_path, SETTINGS)
+
+
+def test_a_checkpoint_that_was_being_written_is_none(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"global_st'), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_metrics_survive_a_killed_writer(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_metrics(path, [{"step": 1, "reward": 0.5, "capo/kl/measured": math.nan}])
+    write_metrics(path, [{"step": 2, "reward": 1.0}, {"step": 2, "train_runtime": 3.0}], append=True)
+    with path.open("a") as file:
+        file.write('{"step": 3, "rew')
+    assert read_metrics(tmp_path) == [{"step": 1, "reward": 0.5, "capo/kl/measured": None}, {"step": 2, "reward": 1.0}]
+    assert all(json.loads(line) for line in path.read_text().splitlines()[:3])
+    with pytest.raises(RunFolderError, match="no such file; give the folder of a run"):
+        read_metrics(tmp_path / "elsewhere")
+
+
+def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"kl": math.inf})
+    assert json.loads(path.read_text()) == {"kl": None}
+    with pytest.raises(TypeError):
+        write_json(path, {1j: 1})
+    assert json.loads(path.read_text()) == {"kl": None}
+
+
+def test_a_summary_leaves_out_what_was_not_logged():
+    steps = [{"step": i, "reward": 0.5, "step_time": 2.0, "capo/kl/measured": None} for i in range(1, 4)]
+    summary = summarize([*steps, {"step": 4, "reward": 1.0, "step_time": 2.0, "capo/kl/measured": 0.25}])
+    assert (summary["reward_first"], summary["reward_last"], summary["reward_best"]) == (0.5, 1.0, 1.0)
+    assert (summary["seconds"], summary["kl_measured_max"]) == (8.0, 0.25)
+    assert "rejection_rate" not in summary
+
+
+def test_curves_are_drawn_of_any_run(tmp_path):
+    off = [{"step": i, "reward": 0.1 * i, "grad_norm": 1.0} for i in range(5)]
+    masked = [
+        entry | {"capo/completions": 16 * i, "capo/batch/m_h": -0.1, "capo/batch/m_f": None, "capo/kl/measured": 1e-3}
+        for i, entry in enumerate(off)
+    ]
+    for name, entries in (("off", off), ("masked", masked)):
+        draw_curves(entries, tmp_path / f"{name}.png", title=name)
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
