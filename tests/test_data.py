@@ -183,6 +183,15 @@ def test_long_prompts_are_left_out_and_counted(problems, conversational, lengths
     assert drop_long_prompts(dataset.select([]), Words(), 5)[1] == 0
 
 
+def test_text_the_tokenizer_cannot_read_is_explained(problems):
+    class Narrow(Words):
+        def __call__(self, text):
+            raise Exception("WordLevel error: Missing [UNK] token")
+
+    with pytest.raises(DataError, match=r"tokenizer can't read these prompts \(Exception: WordLevel error"):
+        drop_long_prompts(as_prompts(problems, conversational=False), Narrow(), 5)
+
+
 def test_ungradable_problems_are_left_out_and_counted():
     answers = ["2", r"\frac12", "x^", "3"]
     dataset = datasets.Dataset.from_dict({"problem": list("abcd"), "answer": answers})

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from capo_rl.plots import draw_curves
+from capo_rl.plots import draw_comparison, draw_run
 from capo_rl.records import (
     RunFolderError,
     check_folder,
@@ -69,8 +69,8 @@ def test_a_json_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_a_summary_leaves_out_what_was_not_logged():
-    steps = [{"step": i, "reward": 0.5, "step_time": 2.0, "capo/kl/measured": None} for i in range(1, 4)]
-    summary = summarize([*steps, {"step": 4, "reward": 1.0, "step_time": 2.0, "capo/kl/measured": 0.25}])
+    steps = [{"step": i, "reward": 0.5, "seconds": 2.0, "capo/kl/measured": None} for i in range(1, 4)]
+    summary = summarize([*steps, {"step": 4, "reward": 1.0, "seconds": 2.0, "capo/kl/measured": 0.25}])
     assert (summary["reward_first"], summary["reward_last"], summary["reward_best"]) == (0.5, 1.0, 1.0)
     assert (summary["seconds"], summary["kl_measured_max"]) == (8.0, 0.25)
     assert "rejection_rate" not in summary
@@ -83,5 +83,7 @@ def test_curves_are_drawn_of_any_run(tmp_path):
         for i, entry in enumerate(off)
     ]
     for name, entries in (("off", off), ("masked", masked)):
-        draw_curves(entries, tmp_path / f"{name}.png", title=name)
+        draw_run(entries, tmp_path / f"{name}.png", title=name)
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    draw_comparison({"GRPO": off, "CAPO": masked}, tmp_path / "both.png", title="both")
+    assert (tmp_path / "both.png").stat().st_size > 10_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
 
+    plot = commands.add_parser("plot", help="draw the curves of one run, or of several in one picture")
+    plot.add_argument(
+        "runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER to name it in the legend"
+    )
+    plot.add_argument("--out", metavar="FILE", default="curves.png", help="the picture to write (default: %(default)s)")
+    plot.add_argument("--title", default="", help="the picture's title")
+    plot.set_defaults(run=_plot)
+
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
@@ -41,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
+    # What libraries say to one another about their next versions is not for someone who watches a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+
     from capo_rl.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
@@ -50,6 +62,22 @@ def _train(options: argparse.Namespace) -> None:
     summary = train(recipe)
     if summary:
         _show(summary, recipe.training.output_dir)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from capo_rl.plots import draw_comparison, draw_run
+    from capo_rl.records import read_metrics
+
+    named = [run.partition("=")[::2] if "=" in run else (Path(run).name, run) for run in options.runs]
+    runs = {name: read_metrics(folder) for name, folder in named}
+    if len(runs) == 1:
+        ((name, entries),) = runs.items()
+        draw_run(entries, Path(options.out), options.title or name)
+    else:
+        draw_comparison(runs, Path(options.out), options.title)
+    print(options.out)
 
 
 def _show(summary: dict[str, Any], folder: str) -> None:

@@ -158,16 +158,24 @@ def drop_long_prompts(
     """The dataset without the prompts of more than `max_prompt_length` tokens, and how many those were.
 
     Prompts are counted as TRL tokenizes them, chat template included. (TRL 1.16 itself never shortens one.)
+
+    Raises `DataError` for text that the tokenizer has no tokens for.
     """
     prompts = list(dataset["prompt"])
-    if prompts and isinstance(prompts[0], str):
-        tokens = tokenizer(text=prompts)["input_ids"]
-    elif prompts:
-        tokens = tokenizer.apply_chat_template(
-            conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"]
-    else:
-        tokens = []
+    try:
+        if prompts and isinstance(prompts[0], str):
+            tokens = tokenizer(text=prompts)["input_ids"]
+        elif prompts:
+            tokens = tokenizer.apply_chat_template(
+                conversation=prompts, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        else:
+            tokens = []
+    except Exception as error:  # a tokenizer without a token for the unknown raises a bare Exception
+        raise DataError(
+            f"the model's tokenizer can't read these prompts ({_first_line(error)}); "
+            "the embedded model knows `arithmetic` only: choose another model for other problems"
+        ) from error
     return _without(dataset, {row for row, ids in enumerate(tokens) if len(ids) > max_prompt_length})
 
 

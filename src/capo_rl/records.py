@@ -139,7 +139,7 @@ def summarize(entries: Metrics) -> dict[str, Any]:
         ("grad_norm_max", "grad_norm", max),
         ("rewards_missing", "capo/rewards_missing", sum),
         ("grader_timeouts", "grader/timeouts", sum),
-        ("seconds", "step_time", sum),
+        ("seconds", "seconds", sum),
         ("seconds_curvature", "capo/seconds", sum),
         ("seconds_kl", "capo/kl/seconds", sum),
     ):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -17,12 +18,13 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 from trl import get_peft_config
 
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
-from capo_rl.plots import draw_curves
+from capo_rl.plots import draw_run
 from capo_rl.recipe import Recipe, RecipeError, settings
 from capo_rl.records import (
     check_folder,
@@ -46,6 +48,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     is found before the model loads.
     """
     args = recipe.training
+    disable_progress_bars()
+    disable_progress_bar()
     folder = Path(args.output_dir)
     with args.main_process_first():
         check_folder(folder, settings(recipe))
@@ -94,7 +98,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         return {}
     entries = read_metrics(folder)
     summary = summarize(entries)
-    draw_curves(entries, folder / "curves.png", title=folder.name)
+    draw_run(entries, folder / "curves.png", title=folder.name)
     write_json(
         folder / "summary.json", summary | {"dropped": dropped, "settings": settings(recipe), "versions": versions()}
     )
@@ -135,8 +139,10 @@ class _Record(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.metrics = folder / "metrics.jsonl"
         self.bar: tqdm | None = None
+        self.last = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.last = time.perf_counter()
         if state.is_world_process_zero:
             # a resumed run may have logged steps after its checkpoint, and will log them again
             write_metrics(self.metrics, state.log_history)
@@ -155,7 +161,10 @@ class _Record(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.bar is not None and logs:
-            write_metrics(self.metrics, [{**logs, "step": state.global_step}], append=True)
+            now = time.perf_counter()
+            entry = {**logs, "step": state.global_step, "seconds": now - self.last}
+            self.last = now
+            write_metrics(self.metrics, [entry], append=True)
             self.bar.set_postfix_str(_postfix(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
