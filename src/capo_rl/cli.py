@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.set_defaults(run=_train)
 
     plot = commands.add_parser("plot", help="draw the curves of one run, or of several in one picture")
-    plot.add_argument(
-        "runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER to name it in the legend"
-    )
+    plot.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER for the legend")
     plot.add_argument("--out", metavar="FILE", default="curves.png", help="the picture to write (default: %(default)s)")
     plot.add_argument("--title", default="", help="the picture's title")
     plot.set_defaults(run=_plot)
