@@ -90,7 +90,7 @@ def test_the_command_line_overrides_any_field():
 
 def test_yaml_off_is_off(tmp_path):
     (tmp_path / "r.yaml").write_text(Path(QUICKSTART).read_text().replace("capo_mode: mask", "capo_mode: off"))
-    assert read_recipe(str(tmp_path / "r.yaml")).training.capo_mode == "off"
+    assert read_recipe(str(tmp_path / "r.yaml"), ["--capo_kl_budget", "null"]).training.capo_mode == "off"
 
 
 def test_settings_are_what_differs_from_the_defaults():
