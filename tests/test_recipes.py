@@ -164,7 +164,7 @@ def test_errors_end_with_status_2_and_no_traceback(tmp_path):
         (["train", QUICKSTART, "--dataset_name", str(tmp_path / "x.jsonl")], "x.jsonl: no such file"),
         (["train", QUICKSTART, "--model_name_or_path", "./nothing"], "./nothing: no such folder"),
     ):
-        done = capo(*arguments, *(["--output_dir", str(tmp_path / "run")] if "--dataset_name" in arguments else []))
+        done = capo(*arguments, "--output_dir", str(tmp_path / "run"))
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].startswith("capo: error: ")
         assert message in done.stderr
