@@ -31,6 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
 
+    bench = commands.add_parser(
+        "bench",
+        help="run a grid of experiments",
+        description="Run what is missing of a grid of runs, each on one core.",
+    )
+    bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one in experiments/")
+    bench.add_argument("--seeds", type=int, help="only the first so many of its seeds")
+    bench.add_argument("--only", nargs="+", default=[], metavar="ARM", help="only these arms")
+    bench.add_argument("--workers", type=int, help="runs at a time (default: the number of cores)")
+    bench.add_argument("--results", default="results", metavar="FOLDER", help="(default: %(default)s)")
+    bench.set_defaults(run=_bench)
+
     plot = commands.add_parser("plot", help="draw the curves of one run, or of several in one picture")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER for the legend")
     plot.add_argument("--out", metavar="FILE", default="curves.png", help="the picture to write (default: %(default)s)")
@@ -60,6 +72,17 @@ def _train(options: argparse.Namespace) -> None:
     summary = train(recipe)
     if summary:
         _show(summary, recipe.training.output_dir)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from capo_rl.bench import read_bench, run_bench
+
+    path = Path(options.name) if options.name.endswith(".yaml") else Path("experiments", f"{options.name}.yaml")
+    bench = read_bench(path)
+    run_bench(bench, Path(options.results), seeds=options.seeds, only=options.only, workers=options.workers)
+    print(Path(options.results, bench.name))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -112,7 +135,7 @@ def _show(summary: dict[str, Any], folder: str) -> None:
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {"capo_rl.recipe": "RecipeError", "capo_rl.records": "RunFolderError"}
-    names |= {"capo_rl.data": "DataError", "capo_rl.models": "ModelError"}
+    names |= {"capo_rl.data": "DataError", "capo_rl.bench": "BenchError", "capo_rl.models": "ModelError"}
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
 

@@ -20,9 +20,12 @@ from capo_rl.last_layer import LastLayer, check_tokens, last_layer, logit_chunks
 from capo_rl.selection import Thresholds, select
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_direction
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.telemetry import describe, missing_mass, rejections
+from capo_rl.telemetry import describe, missing_mass, rank_correlation, rejections
 
 logger = logging.getLogger(__name__)
+
+# Another way to select than the thresholds: the keep-mask [n] of n tokens, their advantages and their shifts.
+Rule = Callable[[LastLayer, Tensor, Shifts], Tensor]
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Planner:
     """Plans optimizer steps one after another.
 
     Between two calls of `commit` (or `skip`) the micro-batches of one step are collected: for each token its hidden
-    state, k support entries and a few scalars.
+    state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Planner:
         self.step, self.thresholds = step, thresholds
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
         self.max_missing_mass = max_missing_mass
+        self.rule: Rule | None = None
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
         self.steps_skipped = 0
@@ -88,7 +92,9 @@ class Planner:
                 ]
             )
             shifts = shifts_along(token_direction(layer, advantages, self.step), layer, advantages, self.fisher)
-            if subsets is None:
+            if self.rule is not None:
+                keep = self.rule(layer, advantages, shifts) & ~shifts.nonfinite
+            elif subsets is None:
                 keep = select(shifts, self.thresholds)
             else:
                 verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
@@ -139,11 +145,17 @@ class Planner:
             return {} if batch is None else self._figures(batch)
 
     @torch.no_grad()
-    def measured_kl(self, logits: Callable[[int], Iterable[Tensor]]) -> float:
-        """Mean KL(π ‖ π') in nats a token of the step just taken; `logits(i)` are micro-batch i's after it."""
-        kl = [measured_kl(batch.layer, logits(i)) for i, batch in enumerate(self.micro_batches)]
-        tokens = torch.cat(kl)
-        return float(tokens.mean()) if len(tokens) else float("nan")
+    def measured_kl(self, logits: Callable[[int], Iterable[Tensor]]) -> dict[str, float]:
+        """How far the step just taken moved the policy; `logits(i)` are micro-batch i's after it.
+
+        The mean KL(π ‖ π') in nats a token, and Spearman's rank correlation of a token's KL with its m_F (Table 5).
+        """
+        kl = torch.cat([measured_kl(batch.layer, logits(i)) for i, batch in enumerate(self.micro_batches)])
+        m_f = torch.cat([batch.shifts.m_f for batch in self.micro_batches])
+        return {
+            "capo/kl/measured": float(kl.mean()) if len(kl) else float("nan"),
+            "capo/kl/rank_correlation": rank_correlation(kl, m_f),
+        }
 
     def clear(self) -> float:
         """Forget the micro-batches of the step that is over; returns the seconds spent on it."""

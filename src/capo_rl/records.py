@@ -91,10 +91,10 @@ def read_metrics(folder: str | Path) -> Metrics:
     return [entry for entry in entries if "reward" in entry]
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a JSON file whole or not at all."""
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(_json(content, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(_json(content, indent) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 

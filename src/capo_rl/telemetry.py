@@ -44,6 +44,26 @@ def missing_mass(mass: Tensor, bound: float) -> dict[str, float]:
     }
 
 
+def rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Spearman's rank correlation of two [N] tensors over the entries where both are finite; NaN for a constant.
+
+    >>> rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3]))
+    1.0
+    """
+    finite = one.isfinite() & other.isfinite()
+    ranks = torch.stack([_ranks(one[finite]), _ranks(other[finite])])
+    ranks = ranks - ranks.mean(-1, keepdim=True)
+    covariance = ranks @ ranks.T
+    return float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value, the average rank for ties."""
+    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[inverse]
+
+
 def _share(members: Tensor) -> float:
     return float(members.float().mean()) if len(members) else float("nan")
 

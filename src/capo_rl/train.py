@@ -48,8 +48,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
     is found before the model loads.
     """
     args = recipe.training
-    disable_progress_bars()
-    disable_progress_bar()
     folder = Path(args.output_dir)
     with args.main_process_first():
         check_folder(folder, settings(recipe))
@@ -57,6 +55,32 @@ def train(recipe: Recipe) -> dict[str, Any]:
         logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
         return summarize(read_metrics(folder))
 
+    trainer, dropped = make_trainer(recipe)
+    trainer.add_callback(Record(folder))
+    if trainer.is_world_process_zero():
+        start_run(folder, settings(recipe))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+
+    if not trainer.is_world_process_zero():
+        return {}
+    entries = read_metrics(folder)
+    summary = summarize(entries)
+    draw_run(entries, folder / "curves.png", title=folder.name)
+    write_json(
+        folder / "summary.json", summary | {"dropped": dropped, "settings": settings(recipe), "versions": versions()}
+    )
+    return summary
+
+
+def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
+    """The trainer that a recipe asks for, with nothing printed a step, and how many problems were left out.
+
+    Raises `DataError`, `ModelError` or `RecipeError` for what can't be trained; the data's errors come before the model
+    loads.
+    """
+    args = recipe.training
+    disable_progress_bars()
+    disable_progress_bar()
     set_seed(args.seed)
     source = locate(recipe.model.model_name_or_path)
     if source.gguf_file and args.beta > 0:
@@ -89,20 +113,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Record(folder))
-    if trainer.is_world_process_zero():
-        start_run(folder, settings(recipe))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-
-    if not trainer.is_world_process_zero():
-        return {}
-    entries = read_metrics(folder)
-    summary = summarize(entries)
-    draw_run(entries, folder / "curves.png", title=folder.name)
-    write_json(
-        folder / "summary.json", summary | {"dropped": dropped, "settings": settings(recipe), "versions": versions()}
-    )
-    return summary
+    return trainer, dropped
 
 
 def _prompts(recipe: Recipe, problems: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, int]]:
@@ -133,7 +144,7 @@ def _prompts(recipe: Recipe, problems: Dataset, tokenizer: PreTrainedTokenizerBa
     return prompts, {"ungradable": ungradable, "too_long": long}
 
 
-class _Record(TrainerCallback):
+class Record(TrainerCallback):
     """Writes metrics.jsonl and shows one line of progress, in place of a dictionary a step."""
 
     def __init__(self, folder: Path) -> None:

@@ -288,19 +288,24 @@ class CAPOTrainer(GRPOTrainer):
         planner = self.planner
         assert planner is not None
         start = time.perf_counter()
+        figures: dict[str, float] = {}
+
+        def measure_kl() -> float:
+            figures.update(planner.measured_kl(self._logits_now))
+            return figures["capo/kl/measured"]
+
         if self.args.capo_kl_budget is not None:
-            update = shorten(
-                self._trained(),
-                self._weights_before,
-                lambda: planner.measured_kl(self._logits_now),
-                self.args.capo_kl_budget,
-            )
+            update = shorten(self._trained(), self._weights_before, measure_kl, self.args.capo_kl_budget)
             self._weights_before = []
-            self._record({"capo/kl/proposed": update.proposed, "capo/kl/fraction": update.fraction})
-            self._record({"capo/kl/measured": update.measured, "capo/kl/seconds": time.perf_counter() - start})
+            figures |= {
+                "capo/kl/measured": update.measured,
+                "capo/kl/proposed": update.proposed,
+                "capo/kl/fraction": update.fraction,
+            }
         elif measure:
-            kl = planner.measured_kl(self._logits_now)
-            self._record({"capo/kl/measured": kl, "capo/kl/seconds": time.perf_counter() - start})
+            measure_kl()
+        if figures:
+            self._record(figures | {"capo/kl/seconds": time.perf_counter() - start})
         self._record({"capo/seconds": planner.clear()})
         self._forwards.clear()
         self._token_masks.clear()

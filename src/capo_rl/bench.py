@@ -1,0 +1,292 @@
+"""`capo bench`: a grid of runs from one YAML file, resumable run by run, with small results to draw figures from.
+
+recipe: quickstart.yaml            the recipe that all arms share, a path beside the bench file
+common: {learning_rate: 5e-4}      fields of the recipe for all arms
+seeds: [11, 12, 13, 14, 15]
+test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
+arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place
+  GRPO (A): {}
+  random mask: {rival: {name: random, rate: 0.02}}
+grid:                              more arms: every combination of one entry of each
+  - {CAPO: {loss_type: grpo}, Dr.CAPO: {loss_type: dr_grpo}}
+  - {δ_F 1e-4: {capo_fisher_threshold: 1e-4}, δ_F 1e-5: {capo_fisher_threshold: 1e-5}}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from capo_rl.records import read_metrics, versions, write_json
+
+# What of each step is kept: enough for every figure, and no more.
+CURVES = (
+    "step",
+    "capo/completions",
+    "reward",
+    "entropy",
+    "capo/rejection_rate",
+    "capo/rejection_rate/positive",
+    "capo/rejection_rate/negative",
+    "capo/token/m_f/mean",
+    "capo/token/m_f/q99",
+    "capo/token/m_h/mean",
+    "capo/batch/m_f",
+    "capo/batch/m_h",
+    "capo/kl/measured",
+    "capo/kl/predicted",
+    "capo/kl/rank_correlation",
+    "capo/accepted_tokens",
+    "grad_norm",
+)
+_FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
+_TEST_SEED = 2**31  # of the held-out problems; no training run has it
+
+
+class BenchError(ValueError):
+    """A bench file that can't be used; the message names the field and the fix."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A grid of runs: each arm's fields on top of a shared recipe, for each of the seeds."""
+
+    name: str
+    recipe: str
+    arms: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    test: dict[str, int] = field(default_factory=dict)
+
+
+def read_bench(path: str | Path) -> Bench:
+    """Read a bench file.
+
+    Raises `BenchError` for one that is missing, malformed, or has no arms.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BenchError(f"{path}: no such file; give a name from experiments/ or the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise BenchError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or not {"recipe", "seeds"} <= content.keys():
+        raise BenchError(f"{path}: needs the fields recipe, seeds, and arms or grid")
+    if unknown := content.keys() - _FIELDS:
+        raise BenchError(f"{path}: no field {', '.join(sorted(unknown))}; there are {', '.join(sorted(_FIELDS))}")
+    common = content.get("common") or {}
+    arms = {name: common | (fields or {}) for name, fields in (content.get("arms") or {}).items()}
+    if content.get("grid"):
+        for combination in product(*(axis.items() for axis in content["grid"])):
+            fields = dict(common)
+            for _, more in combination:
+                fields |= more
+            arms[", ".join(name for name, _ in combination)] = fields
+    if not arms:
+        raise BenchError(f"{path}: no arms; write some under `arms` or `grid`")
+    slugs = [slug(name) for name in arms]
+    if len(set(slugs)) < len(slugs):
+        raise BenchError(f"{path}: two arms have the same folder name; the names differ in punctuation only")
+    return Bench(
+        path.stem, str(path.parent / content["recipe"]), arms, tuple(content["seeds"]), content.get("test") or {}
+    )
+
+
+def slug(name: str) -> str:
+    """An arm's folder.
+
+    >>> slug("Dr.GRPO (A), δ_F 1e-4")
+    'dr.grpo-a-δ_f-1e-4'
+    """
+    return re.sub(r"[^\w.+-]+", "-", name.lower()).strip("-")
+
+
+def run_bench(
+    bench: Bench,
+    results: Path,
+    *,
+    seeds: int | None = None,
+    only: Iterable[str] = (),
+    workers: int | None = None,
+) -> list[Path]:
+    """Do the runs that have no result yet, `workers` at a time on one thread each; returns every result's path.
+
+    `seeds` takes the first so many; `only` names the arms to run. A run that fails is reported when all are done.
+
+    Raises `BenchError` for arms that do not exist, and `RuntimeError` if a run failed.
+    """
+    only = list(only)
+    if unknown := [name for name in only if name not in bench.arms]:
+        raise BenchError(f"{bench.name}: no arm {', '.join(unknown)}; there are {', '.join(bench.arms)}")
+    wanted = [
+        (arm, seed, results / bench.name / slug(arm) / f"{seed}.json")
+        for seed in bench.seeds[:seeds]  # seed by seed: a bench that is stopped has compared all arms on some seeds
+        for arm in (only or bench.arms)
+    ]
+    missing = [run for run in wanted if not run[2].exists()]
+    failed: dict[str, BaseException] = {}
+    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), _one_thread) as pool:
+        futures: dict[Future[None], str] = {
+            pool.submit(_run, bench, arm, seed, path): f"{arm}, seed {seed}" for arm, seed, path in missing
+        }
+        bar = tqdm(as_completed(futures), total=len(wanted), initial=len(wanted) - len(missing), desc=bench.name)
+        for future in bar:
+            bar.set_postfix_str(futures[future])
+            if (error := future.exception()) is not None:
+                failed[futures[future]] = error
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed; the first was {name}") from error
+    return [path for _, _, path in wanted]
+
+
+def _one_thread() -> None:
+    import warnings
+
+    import torch
+    from transformers.utils.logging import set_verbosity_error
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    set_verbosity_error()
+
+
+def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
+    """One run, from nothing to its result."""
+    from capo_rl.recipe import read_recipe, settings
+    from capo_rl.rivals import rival
+    from capo_rl.train import Record, make_trainer
+
+    fields = dict(bench.arms[arm])
+    mask = fields.pop("rival", None)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        recipe_file = folder / "recipe.yaml"
+        shared = yaml.safe_load(Path(bench.recipe).read_text(encoding="utf-8"))
+        fixed = {"seed": seed, "output_dir": str(folder / "run"), "save_strategy": "no", "disable_tqdm": True}
+        recipe_file.write_text(yaml.safe_dump(shared | fields | fixed), encoding="utf-8")
+        recipe = read_recipe(str(recipe_file))
+        trainer, _ = make_trainer(recipe)
+        if mask is not None and trainer.planner is not None:
+            trainer.planner.rule = rival(mask["name"], mask["rate"], seed)
+        generation = _timed(trainer, "_generate_and_score_completions")
+        test: dict[str, list[float]] = {"capo/completions": [], "accuracy": []}
+        if bench.test:
+            trainer.add_callback(_test_callback(trainer, bench.test, test))
+        trainer.add_callback(Record(folder))
+        start = time.perf_counter()
+        trainer.train()
+        total = time.perf_counter() - start
+        entries = read_metrics(folder)
+    asked = {name: value for name, value in settings(recipe).items() if name not in fixed}
+    sums = {name: sum(entry.get(f"capo/{key}") or 0 for entry in entries) for name, key in _SECONDS.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "bench": bench.name,
+            "arm": arm,
+            "seed": seed,
+            "settings": asked | ({"rival": mask} if mask else {}),
+            "versions": versions(),
+            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+            "curves": {name: [_short(entry.get(name)) for entry in entries] for name in CURVES},
+            "test": test,
+            "seconds": {"total": total, "generation": sum(generation), **sums},
+        },
+        indent=None,
+    )
+
+
+_SECONDS = {"curvature": "seconds", "kl": "kl/seconds"}
+
+
+def _timed(trainer: Any, method: str) -> list[float]:
+    """The seconds of each call of a trainer's method, from now on."""
+    seconds: list[float] = []
+    inner = getattr(trainer, method)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = inner(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(trainer, method, timed)
+    return seconds
+
+
+def _test_callback(trainer: Any, test: dict[str, int], into: dict[str, list[float]]) -> Any:
+    """Measures accuracy on held-out problems before the first step and every so many steps."""
+    from transformers import TrainerCallback
+
+    from capo_rl.arithmetic import problems
+
+    rows = list(islice(problems(_TEST_SEED, test["terms"]), test["problems"]))
+
+    class Test(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.measure()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % test["every"] == 0 or state.global_step == state.max_steps:
+                self.measure()
+
+        def measure(self) -> None:
+            into["capo/completions"].append(trainer._completions)
+            into["accuracy"].append(sampled_accuracy(trainer.model, trainer.processing_class, rows))
+
+    return Test()
+
+
+def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]], max_new_tokens: int = 64) -> float:
+    """The share of problems whose sampled completion boxes the answer; leaves the run's random numbers alone."""
+    import torch
+
+    from capo_rl.grading import accuracy_reward
+
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        prompts = tokenizer([row["problem"] for row in rows], return_tensors="pt", padding=True)
+        output = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
+    model.train(training)
+    texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    rewards = accuracy_reward(texts, [row["answer"] for row in rows])
+    return sum(reward or 0.0 for reward in rewards) / len(rows)
+
+
+def read_results(folder: str | Path) -> list[dict[str, Any]]:
+    """Every result under a bench's results folder, by arm and seed.
+
+    Raises `BenchError` if there is none.
+    """
+    files = sorted(Path(folder).glob("*/*.json"))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    results = [result for result in found if "curves" in result]
+    if not results:
+        raise BenchError(f"{folder}: no results; run `capo bench` first, or give a folder like results/testbed")
+    return results
+
+
+def _short(value: float | None) -> float | None:
+    """Four significant digits: what a figure can show."""
+    if value is None or not math.isfinite(value):
+        return None
+    return float(f"{value:.4g}")

@@ -1,0 +1,362 @@
+"""The paper's figures and tables, drawn from the results of `capo bench` without training anything.
+
+Each figure is a function of the results by arm; `FIGURES` and `TABLES` name them as the paper does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capo_rl.bench import read_results
+from capo_rl.plots import PALETTE
+from capo_rl.statistics import (
+    bootstrap_interval,
+    collapsed,
+    completions_to_target,
+    iqm,
+    mean_and_error,
+    reach,
+    smooth,
+    spearman,
+)
+
+# The results of an arm, one for each seed; and of all arms by name.
+Runs = list[dict[str, Any]]
+Arms = dict[str, Runs]
+
+# The accuracy that completions are counted to, fixed before methods were compared (docs/testbed.md).
+TARGET = 0.9
+
+MAIN = ("GRPO standard", "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO")
+STEP_MODELS = ("CAPO", "CAPO, SGD", "Dr.CAPO", "Dr.CAPO, SGD", "ReinCAPO", "ReinCAPO, SGD")
+BUDGETS = ("GRPO (A)", "CAPO", "GRPO (A), KL budget 3e-4", "CAPO, KL budget 3e-4")
+
+
+def draw_results(folder: str | Path) -> list[Path]:
+    """Draw every figure and table whose arms are there into `figures/` and `tables/` of a bench's results.
+
+    Raises `BenchError` if there are no results.
+    """
+    folder = Path(folder)
+    arms: Arms = {}
+    for result in read_results(folder):
+        arms.setdefault(result["arm"], []).append(result)
+    drawn = []
+    for kind, things in (("figures", FIGURES), ("tables", TABLES)):
+        (folder / kind).mkdir(exist_ok=True)
+        for name, thing in things.items():
+            if (path := thing(arms, folder / kind / name)) is not None:
+                drawn.append(path)
+    return drawn
+
+
+# ---- figures ------------------------------------------------------------------------------------------------------
+
+
+def _figure(columns: int, title: str) -> tuple[Any, list[Any]]:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = title  # the same picture is the same file
+    figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.suptitle(title, fontsize=11)
+    return figure, list(np.atleast_1d(figure.subplots(1, columns)))
+
+
+def _save(figure: Any, path: Path) -> Path:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, fontsize=7)
+    path = path.with_suffix(".svg")
+    figure.savefig(path, metadata={"Date": None})
+    return path
+
+
+def _curves(run: dict[str, Any], column: str, x: str, smoothed: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    source = run["test"] if column == "accuracy" else run["curves"]
+    y = np.array([np.nan if value is None else value for value in source[column]], dtype=float)
+    return np.array(source[x], dtype=float), smooth(source[column]) if smoothed else y
+
+
+def _band(
+    axes: Any, arms: Arms, names: Sequence[str], column: str, x: str = "capo/completions", smoothed: bool = False
+) -> None:
+    """Mean and standard error over seeds of one column, for each of the arms."""
+    for at, name in enumerate(name for name in names if name in arms):
+        curves = [_curves(run, column, x, smoothed) for run in arms[name]]
+        length = min(len(y) for _, y in curves)
+        xs = np.mean([x[:length] for x, _ in curves], axis=0)
+        ys = np.array([y[:length] for _, y in curves])
+        seeds = np.isfinite(ys).sum(0)
+        mean = np.where(seeds > 0, np.nansum(ys, 0) / np.maximum(seeds, 1), np.nan)
+        deviation = np.sqrt(np.nansum((ys - mean) ** 2, 0) / np.maximum(seeds - 1, 1))
+        error = np.where(seeds > 1, deviation / np.sqrt(np.maximum(seeds, 1)), 0)
+        colour = PALETTE[at % len(PALETTE)]
+        axes.plot(xs, mean, color=colour, label=name, linewidth=1.3)
+        axes.fill_between(xs, mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel({"capo/completions": "completions", "capo/accepted_tokens": "accepted tokens"}[x])
+
+
+def _accuracy(
+    title: str, names: Sequence[str], x: str = "capo/completions", logarithmic: bool = False
+) -> Callable[[Arms, Path], Path | None]:
+    """A figure of accuracy in training and on the held-out set."""
+
+    def draw(arms: Arms, path: Path) -> Path | None:
+        if not any(name in arms for name in names):
+            return None
+        columns = 2 if x == "capo/completions" else 1
+        figure, axes = _figure(columns, title)
+        _band(axes[0], arms, names, "reward", x, smoothed=True)
+        axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
+        if columns == 2:
+            _band(axes[1], arms, names, "accuracy")
+            axes[1].set(ylabel="TEST: 8 terms in place of 5", ylim=(-0.02, 1.02))
+        if logarithmic:
+            for each in axes:
+                each.set_xscale("log")
+        return _save(figure, path)
+
+    return draw
+
+
+def _fig3(arms: Arms, path: Path) -> Path | None:
+    names = [*MAIN, "Dr.CAPO", "ReinCAPO"]
+    figure, axes = _figure(4, "Figure 3: policy and objective shifts through training, before selection")
+    columns = {
+        "token m_F": "token/m_f/mean",
+        "batch m_F": "batch/m_f",
+        "token m_H": "token/m_h/mean",
+        "batch m_H": "batch/m_h",
+    }
+    for each, (label, column) in zip(axes, columns.items(), strict=True):
+        _band(each, arms, names, f"capo/{column}")
+        each.set(ylabel=label, yscale="log" if "m_F" in label else "symlog")
+        if "m_H" in label:
+            each.set_yscale("symlog", linthresh=1e-4)
+    return _save(figure, path)
+
+
+def _fig5(arms: Arms, path: Path) -> Path | None:
+    names = [name for name in ("CAPO", "Dr.CAPO", "ReinCAPO") if name in arms]
+    if not names:
+        return None
+    figure, axes = _figure(3, "Figure 5: share of tokens rejected")
+    for each, sign in zip(axes, ("", "/positive", "/negative"), strict=True):
+        _band(each, arms, names, f"capo/rejection_rate{sign}")
+        each.set(ylabel={"": "of all", "/positive": "of those with A > 0", "/negative": "of those with A < 0"}[sign])
+        each.set_ylim(bottom=0)
+    return _save(figure, path)
+
+
+def _fig8(arms: Arms, path: Path) -> Path | None:
+    names = ["GRPO (A)", *(name for name in arms if ", β " in name)]
+    if len(names) < 2:
+        return None
+    figure, axes = _figure(2, "Figure 8: regularisation towards the base model")
+    _band(axes[0], arms, names, "reward", smoothed=True)
+    axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
+    largest = [mean_and_error([max(_finite(run["curves"]["grad_norm"])) for run in arms[name]]) for name in names]
+    axes[1].bar(
+        range(len(names)),
+        [mean for mean, _ in largest],
+        yerr=[error for _, error in largest],
+        color=PALETTE[: len(names)],
+        tick_label=[name.removeprefix("GRPO (A), ") for name in names],
+    )
+    axes[1].set(ylabel="largest gradient norm before clipping", yscale="log")
+    return _save(figure, path)
+
+
+def _fig9(arms: Arms, path: Path) -> Path | None:
+    figure, axes = _figure(2, "Figure 9: measured KL of each update, every seed")
+    for each, name in zip(axes, ("GRPO (A)", "CAPO"), strict=True):
+        if name not in arms:
+            return None
+        for at, run in enumerate(arms[name]):
+            each.plot(*_curves(run, "capo/kl/measured", "capo/completions", False), color=PALETTE[at], linewidth=0.9)
+        each.set(title=name, xlabel="completions", ylabel="nats a token", yscale="log", ylim=(1e-8, 5))
+    return _save(figure, path)
+
+
+def _learning_rates(arms: Arms, path: Path) -> Path | None:
+    names = sorted((name for name in arms if name.startswith("GRPO, lr ")), key=lambda name: float(name.split()[-1]))
+    if not names:
+        return None
+    figure, axes = _figure(2, "GRPO alone, 16 completions a step: accuracy and collapse against the learning rate")
+    _band(axes[0], arms, names, "reward", smoothed=True)
+    axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
+    rates = [float(name.split()[-1]) for name in names]
+    final = [mean_and_error([_final(run) for run in arms[name]]) for name in names]
+    axes[1].errorbar(rates, [m for m, _ in final], [e for _, e in final], marker="o", label="final accuracy", capsize=3)
+    share = [sum(_collapse(run) is not None for run in arms[name]) / len(arms[name]) for name in names]
+    axes[1].plot(rates, share, marker="s", linestyle="--", label="share of seeds collapsed")
+    axes[1].set(xlabel="learning rate", xscale="log", ylim=(-0.02, 1.05))
+    return _save(figure, path)
+
+
+RIVAL_ARMS = (
+    "GRPO (A)",
+    "CAPO",
+    "CAPO, expected Fisher",
+    "rival: random",
+    "rival: low_probability",
+    "rival: score_norm",
+    "rival: stapo",
+    "rival: policy_shift",
+)
+FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
+    "fig2": _accuracy("Figures 1 and 2: accuracy against completions", MAIN, logarithmic=True),
+    "fig3": _fig3,
+    "fig4": _accuracy("Figure 4: selection on other methods", ("Dr.GRPO (A)", "Dr.CAPO", "REINFORCE (A)", "ReinCAPO")),
+    "fig5": _fig5,
+    "fig6": _accuracy("Figure 6: SGD or Adam as the model of the step", STEP_MODELS),
+    "fig7": _accuracy(
+        "Figure 7: PPO's clipping, rollouts used 2 and 5 times",
+        ["GRPO (A)", *(f"GRPO (A), {t} uses, ε {e}" for t in (2, 5) for e in ("0.2", "0.05", "0.01"))],
+    ),
+    "fig8": _fig8,
+    "fig9": _fig9,
+    "fig10": _accuracy("Figure 10: accuracy against accepted tokens", MAIN, x="capo/accepted_tokens", logarithmic=True),
+    "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
+    "fig_rivals": _accuracy("Beyond the paper: rival masks at CAPO's rejection rate", RIVAL_ARMS),
+    "fig_learning_rate": _learning_rates,
+}
+
+
+# ---- tables -------------------------------------------------------------------------------------------------------
+
+
+def _finite(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _final(run: dict[str, Any]) -> float:
+    """The smoothed accuracy in training at the end."""
+    return float(smooth(run["curves"]["reward"])[-1])
+
+
+def _collapse(run: dict[str, Any]) -> int | None:
+    return collapsed(run["curves"]["reward"])
+
+
+def _write(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> Path | None:
+    if not rows:
+        return None
+    path = path.with_suffix(".json")
+    table = {"name": path.stem, "title": title, "columns": columns, "rows": rows, "note": note}
+    path.write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _methods(arms: Arms, path: Path) -> Path | None:
+    rows = []
+    for name, runs in arms.items():
+        final = [_final(run) for run in runs]
+        test = [run["test"]["accuracy"][-1] for run in runs if run["test"]["accuracy"]]
+        low, high = bootstrap_interval([final])
+        reached = completions_to_target(
+            [reach(run["curves"]["capo/completions"], run["curves"]["reward"], TARGET) for run in runs],
+            [run["curves"]["capo/completions"][-1] for run in runs],
+        )
+        rejected = [np.mean(_finite(run["curves"]["capo/rejection_rate"])) for run in runs]
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                _plus_minus(final),
+                f"{iqm(final):.3f} [{low:.3f}, {high:.3f}]",
+                _plus_minus(test) if test else "–",
+                f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
+                str(reached),
+                f"{np.mean(rejected):.2%}",
+            ]
+        )
+    return _write(
+        path,
+        "Every arm: accuracy at the end, collapses, completions to the target",
+        [
+            "arm",
+            "seeds",
+            "accuracy, mean ± s.e.",
+            "IQM [95 %]",
+            "TEST",
+            "collapsed",
+            f"completions to {TARGET}",
+            "out of bounds",
+        ],
+        rows,
+        "Accuracy: of sampled completions in training, smoothed, at the last step. Out of bounds: the share of tokens "
+        "outside the thresholds, which masked arms reject and the others only count.",
+    )
+
+
+def _table1(arms: Arms, path: Path) -> Path | None:
+    rows = []
+    for name in ("CAPO", "CAPO, KL budget 3e-4"):
+        runs = arms.get(name, [])
+        if not runs:
+            continue
+        steps = sum(len(run["curves"]["step"]) for run in runs)
+        total = sum(run["seconds"]["total"] for run in runs)
+        parts = {
+            "learning iteration": total,
+            "generation and grading": sum(run["seconds"]["generation"] for run in runs),
+            "curvature: shifts, selection, moments, figures": sum(run["seconds"]["curvature"] for run in runs),
+            "measuring the KL of the update": sum(run["seconds"]["kl"] for run in runs),
+        }
+        rows += [[name, part, f"{s / steps:.4f}", f"{s / total:.2%}"] for part, s in parts.items()]
+    return _write(
+        path,
+        "Table 1: seconds by part of a step",
+        ["arm", "part", "seconds a step", "share"],
+        rows,
+        "On one core each, two runs at a time, accuracy on the held-out set included in the total.",
+    )
+
+
+def _table5(arms: Arms, path: Path) -> Path | None:
+    rows = []
+    for name in ("GRPO (A)", "CAPO", "GRPO standard", "GRPO (A), KL budget 3e-4"):
+        if name not in arms:
+            continue
+        across = {
+            level: [_across_steps(run, column) for run in arms[name]]
+            for level, column in (("token", "capo/token/m_f/mean"), ("batch", "capo/batch/m_f"))
+        }
+        within = [float(np.mean(_finite(run["curves"]["capo/kl/rank_correlation"]))) for run in arms[name]]
+        rows.append([name, *(_plus_minus(values) for values in (across["token"], across["batch"], within))])
+    return _write(
+        path,
+        "Table 5: Spearman's correlation of m_F with the measured KL of the update",
+        ["arm", "mean token m_F, over steps", "batch m_F, over steps", "m_F of each token, within a step"],
+        rows,
+        "Mean ± s.e. over seeds. The paper reports 0.622 and 0.596 for GRPO, 0.459 and 0.498 for CAPO.",
+    )
+
+
+def _across_steps(run: dict[str, Any], column: str) -> float:
+    pairs = [
+        (m_f, kl)
+        for m_f, kl in zip(run["curves"][column], run["curves"]["capo/kl/measured"], strict=True)
+        if m_f is not None and kl is not None
+    ]
+    return spearman(*zip(*pairs, strict=True))
+
+
+def _plus_minus(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {"methods": _methods, "table1": _table1, "table5": _table5}
