@@ -49,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.add_argument("--title", default="", help="the picture's title")
     plot.set_defaults(run=_plot)
 
+    report = commands.add_parser("report", help="one HTML page about a run, or about the results of a bench")
+    report.add_argument("folder", metavar="FOLDER", help="the folder of a run, or of a bench's results")
+    report.add_argument("--out", metavar="FILE", default="report.html", help="the page to write (default: %(default)s)")
+    report.set_defaults(run=_report)
+
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
@@ -101,6 +106,18 @@ def _plot(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _report(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from capo_rl.report import write_report
+
+    if not (Path(options.folder) / "run.json").exists():
+        from capo_rl.figures import draw_results
+
+        draw_results(options.folder)
+    print(write_report(options.folder, options.out))
+
+
 def _show(summary: dict[str, Any], folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -134,8 +151,14 @@ def _show(summary: dict[str, Any], folder: str) -> None:
 
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
-    names = {"capo_rl.recipe": "RecipeError", "capo_rl.records": "RunFolderError"}
-    names |= {"capo_rl.data": "DataError", "capo_rl.bench": "BenchError", "capo_rl.models": "ModelError"}
+    names = {
+        "capo_rl.recipe": "RecipeError",
+        "capo_rl.data": "DataError",
+        "capo_rl.models": "ModelError",
+        "capo_rl.records": "RunFolderError",
+        "capo_rl.bench": "BenchError",
+        "capo_rl.report": "ReportError",
+    }
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
 

@@ -60,11 +60,9 @@ def draw_results(folder: str | Path) -> list[Path]:
 
 
 def _figure(columns: int, title: str) -> tuple[Any, list[Any]]:
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = title  # the same picture is the same file
     figure = Figure(figsize=(5.2 * columns, 3.8), layout="constrained")
     FigureCanvasSVG(figure)
     figure.suptitle(title, fontsize=11)
@@ -72,13 +70,16 @@ def _figure(columns: int, title: str) -> tuple[Any, list[Any]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
+    import matplotlib
+
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
     path = path.with_suffix(".svg")
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture is the same file
+        figure.savefig(path, metadata={"Date": None, "Title": figure.get_suptitle()})
     return path
 
 
@@ -132,6 +133,8 @@ def _accuracy(
 
 def _fig3(arms: Arms, path: Path) -> Path | None:
     names = [*MAIN, "Dr.CAPO", "ReinCAPO"]
+    if not any(name in arms for name in names):
+        return None
     figure, axes = _figure(4, "Figure 3: policy and objective shifts through training, before selection")
     columns = {
         "token m_F": "token/m_f/mean",
@@ -179,10 +182,11 @@ def _fig8(arms: Arms, path: Path) -> Path | None:
 
 
 def _fig9(arms: Arms, path: Path) -> Path | None:
+    names = ("GRPO (A)", "CAPO")
+    if not all(name in arms for name in names):
+        return None
     figure, axes = _figure(2, "Figure 9: measured KL of each update, every seed")
-    for each, name in zip(axes, ("GRPO (A)", "CAPO"), strict=True):
-        if name not in arms:
-            return None
+    for each, name in zip(axes, names, strict=True):
         for at, run in enumerate(arms[name]):
             each.plot(*_curves(run, "capo/kl/measured", "capo/completions", False), color=PALETTE[at], linewidth=0.9)
         each.set(title=name, xlabel="completions", ylabel="nats a token", yscale="log", ylim=(1e-8, 5))
@@ -275,7 +279,7 @@ def _methods(arms: Arms, path: Path) -> Path | None:
                 name,
                 str(len(runs)),
                 _plus_minus(final),
-                f"{iqm(final):.3f} [{low:.3f}, {high:.3f}]",
+                f"{iqm(final):.3f} [{low:.3f}, {high:.3f}]" if len(final) > 1 else f"{iqm(final):.3f}",
                 _plus_minus(test) if test else "–",
                 f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
                 str(reached),
@@ -356,7 +360,7 @@ def _across_steps(run: dict[str, Any], column: str) -> float:
 
 def _plus_minus(values: Sequence[float]) -> str:
     mean, error = mean_and_error(values)
-    return f"{mean:.3f} ± {error:.3f}"
+    return f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {"methods": _methods, "table1": _table1, "table5": _table5}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capo_rl import statistics
 from capo_rl.records import Metrics
 
 if TYPE_CHECKING:
@@ -68,13 +69,9 @@ def smooth(entries: Metrics, name: str, weight: float = 0.9) -> Metrics:
     >>> [entry["reward"] for entry in smooth([{"reward": 1.0}, {"reward": 1.0}], "reward")]
     [1.0, 1.0]
     """
-    total, mass, smoothed = 0.0, 0.0, []
-    for entry in entries:
-        if entry.get(name) is not None:
-            total = weight * total + (1 - weight) * entry[name]
-            mass = weight * mass + (1 - weight)
-            smoothed.append(entry | {name: total / mass})
-    return smoothed
+    measured = [entry for entry in entries if entry.get(name) is not None]
+    averages = statistics.smooth([entry[name] for entry in measured], weight)
+    return [entry | {name: float(average)} for entry, average in zip(measured, averages, strict=True)]
 
 
 def _panels(title: str) -> tuple[Any, dict[str, Axes]]:

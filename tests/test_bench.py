@@ -1,0 +1,155 @@
+"""Grids of runs: what is refused, that nothing runs twice, and that every figure is drawn from results alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from capo_rl.bench import CURVES, BenchError, read_bench, read_results, run_bench, slug
+from capo_rl.figures import FIGURES, MAIN, TABLES, draw_results
+from capo_rl.recipe import read_recipe
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_bench_is_read_and_every_arm_is_a_recipe(path, tmp_path):
+    if path.stem == "recipe":
+        read_recipe(str(path))
+        return
+    bench = read_bench(path)
+    assert Path(bench.recipe).exists()
+    shared = Path(bench.recipe).read_text()
+    for fields in bench.arms.values():
+        changed = {name: value for name, value in fields.items() if name != "rival"}
+        kept = [line for line in shared.splitlines() if line.split(":")[0] not in changed]
+        (tmp_path / "r.yaml").write_text("\n".join([*kept, *(f"{n}: {json.dumps(v)}" for n, v in changed.items())]))
+        read_recipe(str(tmp_path / "r.yaml"), ["--capo_mode", "mask"] if "rival" in fields else [])
+
+
+def test_tuning_and_comparison_use_different_seeds():
+    compared = set(read_bench(EXPERIMENTS / "testbed.yaml").seeds)
+    assert len(compared) == 5
+    for name in ("thresholds", "learning_rate"):
+        assert not compared & set(read_bench(EXPERIMENTS / f"{name}.yaml").seeds)
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "b.yaml").write_text(text)
+    return folder / "b.yaml"
+
+
+def test_a_grid_has_every_combination(tmp_path):
+    bench = read_bench(
+        write(
+            tmp_path,
+            "recipe: r.yaml\nseeds: [1]\ncommon: {beta: 0.5}\narms: {plain: {}}\n"
+            "grid:\n  - {A: {beta: 0.0}, B: {}}\n  - {x: {epsilon: 0.1}, y: {epsilon: 0.2}}",
+        )
+    )
+    assert bench.arms == {
+        "plain": {"beta": 0.5},
+        "A, x": {"beta": 0.0, "epsilon": 0.1},
+        "A, y": {"beta": 0.0, "epsilon": 0.2},
+        "B, x": {"beta": 0.5, "epsilon": 0.1},
+        "B, y": {"beta": 0.5, "epsilon": 0.2},
+    }
+    assert slug("A, x") == "a-x"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- a", "needs the fields recipe, seeds"),
+        ("recipe: r\nseeds: [1]\narm: {}", "no field arm; there are arms"),
+        ("recipe: r\nseeds: [1]", "no arms; write some"),
+        ("recipe: r\nseeds: [1]\narms: {'a b': {}, 'a, b': {}}", "two arms have the same folder name"),
+    ],
+)
+def test_bench_files_that_cannot_be_used(tmp_path, text, message):
+    with pytest.raises(BenchError, match=message):
+        read_bench(write(tmp_path, text))
+    with pytest.raises(BenchError, match="no such file"):
+        read_bench(tmp_path / "nowhere.yaml")
+    with pytest.raises(BenchError, match="no results"):
+        read_results(tmp_path)
+
+
+def test_runs_that_have_a_result_are_not_run_again(tmp_path):
+    common = "{max_steps: 2, dataset_limit: 32, learning_rate: 1e-4, capo_mode: mask, capo_fisher_threshold: .inf}"
+    bench = read_bench(
+        write(
+            tmp_path,
+            f"recipe: {EXPERIMENTS / 'recipe.yaml'}\nseeds: [1, 2]\ncommon: {common}\n"
+            "test: {terms: 6, problems: 4, every: 1}\n"
+            "arms: {random: {rival: {name: random, rate: 0.1}}, broken: {rival: {name: dice, rate: 0.1}}}",
+        )
+    )
+    with pytest.raises(BenchError, match="no arm rando; there are random, broken"):
+        run_bench(bench, tmp_path, only=["rando"])
+    (path,) = run_bench(bench, tmp_path, seeds=1, only=["random"], workers=1)
+    (result,) = read_results(tmp_path / "b")
+    assert (result["arm"], result["seed"]) == ("random", 1)
+    assert all(len(result["curves"][name]) == 2 for name in CURVES)
+    assert result["curves"]["capo/rejection_rate"][-1] == pytest.approx(0.1, abs=0.05)
+    assert result["test"]["capo/completions"] == [0, 16, 32]
+    assert all(0 <= accuracy <= 1 for accuracy in result["test"]["accuracy"])
+    assert result["settings"]["rival"] == {"name": "random", "rate": 0.1}
+    before = path.read_bytes()
+    run_bench(bench, tmp_path, seeds=1, only=["random"], workers=1)
+    assert path.read_bytes() == before
+    with pytest.raises(RuntimeError, match="1 of 1 runs failed; the first was broken, seed 1"):
+        run_bench(bench, tmp_path, seeds=1, only=["broken"], workers=1)
+
+
+def made_up(arm: str, seed: int, final: float) -> dict:
+    """A result of 60 steps whose accuracy goes from 0.5 to `final`."""
+    steps = list(range(1, 61))
+    accuracy = [0.5 + (final - 0.5) * min(1.0, step / 30) for step in steps]
+    curves = {name: [1e-3 * (seed + step) for step in steps] for name in CURVES}
+    curves |= {"step": steps, "capo/completions": [16 * step for step in steps], "reward": accuracy}
+    curves["capo/kl/measured"] = [None, *(1e-3 * step for step in steps[1:])]
+    return {
+        "bench": "b",
+        "arm": arm,
+        "seed": seed,
+        "settings": {},
+        "versions": {},
+        "hardware": "",
+        "curves": curves,
+        "test": {"capo/completions": [0, 960], "accuracy": [0.3, final]},
+        "seconds": {"total": 10.0, "generation": 5.0, "curvature": 1.0, "kl": 0.5},
+    }
+
+
+def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
+    arms = [
+        *MAIN,
+        "Dr.CAPO",
+        "GRPO (A), β 0.1",
+        "GRPO (A), 2 uses, ε 0.2",
+        "CAPO, SGD",
+        "GRPO, lr 1e-4",
+        "rival: random",
+    ]
+    for arm in arms:
+        for seed in (1, 2):
+            path = tmp_path / slug(arm) / f"{seed}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(made_up(arm, seed, final=0.0 if arm == "GRPO (A)" else 0.95)))
+    first = {path: path.read_bytes() for path in draw_results(tmp_path)}
+    assert {path.stem for path in first} == {*FIGURES, *TABLES}
+    assert {path: path.read_bytes() for path in draw_results(tmp_path)} == first  # the same results, the same files
+    methods = json.loads((tmp_path / "tables" / "methods.json").read_text())
+    row = {row[0]: dict(zip(methods["columns"], row, strict=True)) for row in methods["rows"]}
+    assert row["GRPO (A)"]["collapsed"] == "2/2"
+    assert row["GRPO (A)"]["completions to 0.9"] == "0/2, median > 960"
+    assert row["CAPO"]["collapsed"] == "0/2"
+    assert row["CAPO"]["completions to 0.9"].startswith("2/2")
+    assert row["CAPO"]["TEST"] == "0.950 ± 0.000"
+    table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())
+    assert math.isclose(float(table5["rows"][0][1].split(" ± ")[0]), 1.0)

@@ -1,0 +1,260 @@
+"""The report: all that a folder has is in one page, nothing of it runs, and a browser shows it at any width."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from capo_rl.records import RunFolderError, start_run, summarize, write_json, write_metrics
+from capo_rl.report import ReportError, write_report
+
+HOSTILE = "<script>alert('x')</script>"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run that is over, with one hostile setting."""
+    folder = tmp_path / "runs" / "a&b"
+    entries = [
+        {"step": i, "reward": 0.1 * i, "grad_norm": 1.0, "capo/completions": 16 * i, "capo/kl/measured": 1e-3 / i}
+        for i in range(1, 9)
+    ]
+    start_run(folder, {"learning_rate": 0.00012345678, "model_name_or_path": HOSTILE, "debug": []})
+    write_metrics(folder / "metrics.jsonl", entries)
+    write_json(folder / "summary.json", summarize(entries) | {"settings": {}, "versions": {}})
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A benchmark: two arms, three runs, two figures with the same ids in them, a table too wide for any screen."""
+    folder = tmp_path / "results" / "testbed"
+    for arm, slug, seed, reward, own in (
+        ("GRPO (A)", "grpo-a", 11, 0.5, {"capo_mode": "off"}),
+        ("GRPO (A)", "grpo-a", 9, 0.7, {"capo_mode": "off"}),
+        (f"CAPO {HOSTILE}", "capo", 9, 0.9, {"capo_mode": "mask", "capo_fisher_threshold": 1e-4}),
+    ):
+        write_json_at(
+            folder / slug / f"{seed}.json",
+            {
+                "bench": "testbed",
+                "arm": arm,
+                "seed": seed,
+                "settings": {"learning_rate": 0.001, "seed": seed} | own,
+                "versions": {"python": "3.11.7", "torch": "2.13.0" if seed == 9 else "2.12.0"},
+                "hardware": "x86_64, 2 cores",
+                "curves": {"step": [1, 2, 3], "reward": [reward, None, reward], "capo/completions": [16, 32, 48]},
+                "test": {"capo/completions": [48], "accuracy": [reward]},
+                "seconds": {"total": 41.2},
+            },
+        )
+    for name in ("fig10", "fig2"):
+        draw(folder / "figures" / f"{name}.svg", f"Reward of {name} & co")
+    columns = ["arm", *(f"threshold {i}" for i in range(12))]
+    rows = [["GRPO (A)", *[None] * 12], [HOSTILE, *(0.123456 + i for i in range(12))]]
+    table = {"name": "table5", "title": "Rejections", "columns": columns, "rows": rows, "note": "Means & errors."}
+    write_json_at(folder / "tables" / "table5.json", table)
+    return folder
+
+
+def write_json_at(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
+
+
+def draw(path: Path, title: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9, 4))
+    axes = figure.subplots()
+    axes.plot([0, 1, 2], [0.2, 0.8, 0.5])
+    axes.imshow([[0, 1], [1, 0]])  # a bitmap, which the file holds within itself
+    with rc_context({"svg.hashsalt": "the same in every file"}):
+        figure.savefig(path, metadata={"Title": title})
+
+
+def test_a_run_is_shown_whole(run, tmp_path):
+    page = write_report(run, tmp_path / "deep" / "report.html").read_text()
+    assert "<h1>Run a&amp;b</h1>" in page and "1 run of capo train: 8 steps." in page
+    assert '<figure id="curves"><div class="wide"><svg' in page
+    assert "<td>reward_best</td><td>0.8</td>" in page and "<td>completions</td><td>128</td>" in page
+    assert "<td>learning_rate</td><td>0.00012345678</td>" in page and "<td>python</td>" in page
+    assert HOSTILE not in page and "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in page
+    assert write_report(run, tmp_path / "again.html").read_text() == page
+
+
+def test_a_run_that_is_not_over_is_summed_up_so_far(run, tmp_path):
+    (run / "summary.json").unlink()
+    page = write_report(run, tmp_path / "report.html").read_text()
+    assert "8 steps so far, and not over." in page and "<td>completions</td><td>128</td>" in page
+    write_metrics(run / "metrics.jsonl", [])
+    with pytest.raises(ReportError, match="no step was logged yet"):
+        write_report(run, tmp_path / "report.html")
+    (run / "metrics.jsonl").unlink()
+    with pytest.raises(RunFolderError, match="no such file"):
+        write_report(run, tmp_path / "report.html")
+
+
+def test_results_say_what_sets_arms_apart_and_the_rest_once(results, tmp_path):
+    page = write_report(results, tmp_path / "report.html").read_text()
+    assert "Runs of capo bench testbed: 3, in 2 arms." in page
+    arms = page[page.index('<h2 id="arms">') : page.index('<h2 id="settings">')]
+    assert re.findall(r'<th scope="col">(.*?)</th>', arms) == [
+        "arm",
+        "seeds",
+        "reward",
+        "capo_mode",
+        "capo_fisher_threshold",
+    ]
+    assert "<td>GRPO (A)</td><td>9, 11</td><td>0.600\xa0±\xa00.100</td><td>off</td><td>–</td>" in arms
+    assert "</td><td>9</td><td>0.900</td><td>mask</td><td>0.0001</td>" in arms
+    assert page.count("<td>learning_rate</td><td>0.001</td>") == 1
+    assert "<td>torch</td><td>2.13.0, 2.12.0</td>" in page and "<td>hardware</td><td>x86_64, 2 cores</td>" in page
+    assert HOSTILE not in page
+
+
+def test_every_figure_and_table_is_there_in_order_and_its_ids_are_its_own(results, tmp_path):
+    page = write_report(results, tmp_path / "report.html").read_text()
+    assert re.findall(r"<(?:figure|table) id=\"(.*?)\"", page) == ["fig2", "fig10", "table5"]
+    assert "<figcaption><b>fig2</b> Reward of fig2 &amp; co</figcaption>" in page
+    assert "<caption><b>table5</b> Rejections</caption>" in page and "Means &amp; errors." in page
+    ids = re.findall(r'\bid="(.*?)"', page)
+    assert len(ids) == len(set(ids)) > 50
+    pointers = re.findall(r'href="#(.*?)"|url\(#(.*?)\)', page)
+    assert {link or clip for link, clip in pointers} <= set(ids)
+    assert any(clip.startswith("fig2-") for _, clip in pointers)
+    # nothing is left of what belongs to a file, or would hold for the whole page
+    assert page.count("<style") == 1 and not re.search(r"<\?xml|<!DOCTYPE svg|<metadata|xmlns|ns0:", page)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "<script>alert(1)</script>",
+        '<h:script xmlns:h="http://www.w3.org/1999/xhtml">alert(1)</h:script>',
+        "<foreignObject/>",
+        '<g onload="alert(1)"/>',
+        '<g OnClick="alert(1)"/>',
+        '<use xlink:href="https://example.org/a.svg#b"/>',
+        '<use xlink:href="javascript:alert(1)"/>',
+        '<image href="//example.org/a.png"/>',
+        '<image href="data:image/svg+xml;base64,AAAA"/>',
+        '<rect style="fill: url( https://example.org/a.svg#b)"/>',
+        "<g>",
+    ],
+)
+def test_an_svg_that_could_run_or_fetch_anything_is_refused(results, tmp_path, hostile):
+    path = results / "figures" / "fig2.svg"
+    path.write_text(path.read_text().replace("</svg>", hostile + "</svg>"))
+    with pytest.raises(ReportError, match=r"fig2\.svg: .*draw it again"):
+        write_report(results, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_what_is_wrong_with_a_folder_is_said(results, tmp_path):
+    def refused(message: str, folder: Path = results) -> None:
+        with pytest.raises(ReportError, match=message):
+            write_report(folder, tmp_path / "report.html")
+
+    refused("neither a run .* nor results .*; give the output_dir", tmp_path / "elsewhere")
+    refused("neither a run", results.parent.parent)
+    write_json_at(results / "tables" / "copy.json", json.loads((results / "tables" / "table5.json").read_text()))
+    refused("two parts of the report are called table5")
+    (results / "tables" / "copy.json").write_text('{"name": "table6"}')
+    refused("copy.json: should have name, title, columns, rows")
+    (results / "capo" / "12.json").write_text('{"bench"')
+    refused("12.json: can't be read as JSON")
+
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--no-first-run",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Browser:
+    """A headless Chromium behind chromedriver, in the words of the WebDriver protocol."""
+
+    def __init__(self, port: int, profile: Path) -> None:
+        self.port, self.path = port, "/session"
+        options = {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={profile}"]}
+        asked = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        self.path += "/" + self("POST", "", capabilities={"alwaysMatch": asked})["sessionId"]
+
+    def __call__(self, method: str, command: str, **arguments: Any) -> Any:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        try:
+            connection.request(method, self.path + command, json.dumps(arguments) if method == "POST" else None)
+            answer = connection.getresponse()
+            value = json.loads(answer.read())["value"]
+        finally:
+            connection.close()
+        assert answer.status == 200, value
+        return value
+
+    def width(self, pixels: int) -> None:
+        screen = {"width": pixels, "height": 844, "deviceScaleFactor": 1, "mobile": pixels < 600}
+        self("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=screen)
+
+    def run(self, script: str) -> Any:
+        return self("POST", "/execute/sync", script=script, args=[])
+
+    def log(self, kind: str) -> list[dict[str, Any]]:
+        return self("POST", "/se/log", type=kind)
+
+
+@contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    with subprocess.Popen([str(DRIVER), "--port=0"], stdout=subprocess.PIPE, text=True) as driver:
+        try:
+            ports = (re.search(r"started successfully on port (\d+)", line) for line in driver.stdout or ())
+            chromium = Browser(next(int(port[1]) for port in ports if port), profile)
+            try:
+                yield chromium
+            finally:
+                chromium("DELETE", "")
+        finally:
+            driver.terminate()
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver")
+def test_a_browser_shows_the_page_and_asks_for_nothing_else(run, results, tmp_path):
+    shown = {
+        write_report(run, tmp_path / "run.html").as_uri(): ["#curves"],
+        write_report(results, tmp_path / "results.html").as_uri(): ["#fig2", "#fig10", "#table5"],
+    }
+    with browser(tmp_path / "profile") as chromium:
+        for address, parts in shown.items():
+            for pixels in (1280, 390):
+                chromium.width(pixels)
+                chromium("POST", "/url", url=address)
+                for part in parts:
+                    frame = f"const part = document.querySelector('{part}'); return (part.closest('.wide') || part)"
+                    box = chromium.run(f"{frame}.getBoundingClientRect().toJSON()")
+                    assert box["height"] > 50 and 0 <= box["left"] < box["right"] <= pixels, (part, box)
+                assert chromium.run("return document.documentElement.scrollWidth") <= pixels
+                assert chromium.run("return document.querySelectorAll('script').length") == 0
+        events = [json.loads(entry["message"])["message"] for entry in chromium.log("performance")]
+        requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        # but for those of the browser's own first page
+        asked = {each["request"]["url"] for each in requests if not each["documentURL"].startswith("chrome:")}
+        assert {url for url in asked if not url.startswith("data:")} == shown.keys()
+        assert chromium.log("browser") == []
