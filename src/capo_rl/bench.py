@@ -156,6 +156,8 @@ def run_bench(
 
 
 def _one_thread() -> None:
+    """Prepare a worker: one thread, quiet, and gone when the process that started it is."""
+    import threading
     import warnings
 
     import torch
@@ -164,6 +166,13 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
     set_verbosity_error()
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:

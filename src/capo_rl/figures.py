@@ -257,8 +257,10 @@ def _collapse(run: dict[str, Any]) -> int | None:
 def _write(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> Path | None:
     if not rows:
         return None
-    path = path.with_suffix(".json")
     table = {"name": path.stem, "title": title, "columns": columns, "rows": rows, "note": note}
+    lines = [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))]
+    path.with_suffix(".md").write_text("\n".join([*lines, "", note, ""]), encoding="utf-8")
+    path = path.with_suffix(".json")
     path.write_text(json.dumps(table, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return path
 
