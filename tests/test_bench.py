@@ -135,6 +135,8 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "CAPO, SGD",
         "GRPO, lr 1e-4",
         "rival: random",
+        "GRPO, x",
+        "CAPO, x",
     ]
     for arm in arms:
         for seed in (1, 2):

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,12 @@ def read_bench(path: str | Path) -> Bench:
     return Bench(
         path.stem, str(path.parent / content["recipe"]), arms, tuple(content["seeds"]), content.get("test") or {}
     )
+
+
+def quick(bench: Bench, steps: int = 20) -> Bench:
+    """The same arms for one seed and a few steps: it shows that they run, and nothing of how they compare."""
+    arms = {name: fields | {"max_steps": steps} for name, fields in bench.arms.items()}
+    return replace(bench, name=f"{bench.name}-quick", arms=arms, seeds=bench.seeds[:1], test={})
 
 
 def slug(name: str) -> str:

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one in experiments/")
     bench.add_argument("--seeds", type=int, help="only the first so many of its seeds")
     bench.add_argument("--only", nargs="+", default=[], metavar="ARM", help="only these arms")
+    bench.add_argument("--quick", action="store_true", help="one seed and 20 steps of each arm, to see that it runs")
     bench.add_argument("--workers", type=int, help="runs at a time (default: the number of cores)")
     bench.add_argument("--results", default="results", metavar="FOLDER", help="(default: %(default)s)")
     bench.set_defaults(run=_bench)
@@ -82,10 +83,12 @@ def _train(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from capo_rl.bench import read_bench, run_bench
+    from capo_rl.bench import quick, read_bench, run_bench
 
     path = Path(options.name) if options.name.endswith(".yaml") else Path("experiments", f"{options.name}.yaml")
     bench = read_bench(path)
+    if options.quick:
+        bench = quick(bench)
     run_bench(bench, Path(options.results), seeds=options.seeds, only=options.only, workers=options.workers)
     print(Path(options.results, bench.name))
 

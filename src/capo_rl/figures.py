@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from capo_rl.bench import read_results
 from capo_rl.plots import PALETTE
 from capo_rl.statistics import (
+    CompletionsToTarget,
     bootstrap_interval,
     collapsed,
     completions_to_target,
@@ -33,7 +34,8 @@ Arms = dict[str, Runs]
 # The accuracy that completions are counted to, fixed before methods were compared (docs/testbed.md).
 TARGET = 0.9
 
-MAIN = ("GRPO standard", "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO")
+STANDARD, TUNED = "GRPO standard", "GRPO tuned"
+MAIN = (STANDARD, TUNED, "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO")
 STEP_MODELS = ("CAPO", "CAPO, SGD", "Dr.CAPO", "Dr.CAPO, SGD", "ReinCAPO", "ReinCAPO, SGD")
 BUDGETS = ("GRPO (A)", "CAPO", "GRPO (A), KL budget 3e-4", "CAPO, KL budget 3e-4")
 
@@ -209,16 +211,49 @@ def _learning_rates(arms: Arms, path: Path) -> Path | None:
     return _save(figure, path)
 
 
-RIVAL_ARMS = (
-    "GRPO (A)",
-    "CAPO",
-    "CAPO, expected Fisher",
-    "rival: random",
-    "rival: low_probability",
-    "rival: score_norm",
-    "rival: stapo",
-    "rival: policy_shift",
-)
+def _last_layer_share(arms: Arms, path: Path) -> Path | None:
+    """How much of each update's KL the last layer carries, by its own second-order prediction."""
+    names = [name for name in (*MAIN, *BUDGETS) if name in arms]
+    if not names:
+        return None
+    figure, axes = _figure(1, "Beyond the paper: the share of each update's KL that the last layer predicts")
+    shares = []
+    for name in dict.fromkeys(names):
+        pairs = [
+            (predicted, measured)
+            for run in arms[name]
+            for predicted, measured in zip(
+                run["curves"]["capo/kl/predicted"], run["curves"]["capo/kl/measured"], strict=True
+            )
+        ]
+        # below 1e-7 nats the measured KL is rounding
+        shares.append([predicted / measured for predicted, measured in pairs if predicted and (measured or 0) > 1e-7])
+    axes[0].boxplot(shares, tick_labels=list(dict.fromkeys(names)), whis=(5, 95), sym="")
+    axes[0].set(yscale="log", ylabel="predicted / measured")
+    axes[0].tick_params(axis="x", rotation=20, labelsize=7)
+    return _save(figure, path)
+
+
+def _why(arms: Arms, path: Path) -> Path | None:
+    """Each explanation of experiments/why.yaml, with and without the mask."""
+    conditions = [name.removeprefix("GRPO, ") for name in arms if name.startswith("GRPO, ")]
+    conditions = [condition for condition in conditions if f"CAPO, {condition}" in arms]
+    if not conditions:
+        return None
+    figure, axes = _figure(1, "Why: the aggressive regime with one thing changed")
+    for at, method in enumerate(("GRPO", "CAPO")):
+        final = [[_final(run) for run in arms[f"{method}, {condition}"]] for condition in conditions]
+        where = np.arange(len(conditions)) + 0.36 * (at - 0.5)
+        axes[0].bar(where, [np.mean(values) for values in final], 0.34, color=PALETTE[at], alpha=0.6, label=method)
+        for x, values in zip(where, final, strict=True):
+            axes[0].plot([x] * len(values), values, ".", color="black", markersize=4)
+    axes[0].set_xticks(range(len(conditions)), conditions, rotation=20, fontsize=7)
+    axes[0].set(ylabel="accuracy at the end (each seed, and the mean)", ylim=(-0.02, 1.02))
+    return _save(figure, path)
+
+
+RIVALS = ("random", "low_probability", "score_norm", "stapo", "policy_shift")
+RIVAL_ARMS = ("REINFORCE (A)", "ReinCAPO", "ReinCAPO, expected Fisher", *(f"rival: {name}" for name in RIVALS))
 FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig2": _accuracy("Figures 1 and 2: accuracy against completions", MAIN, logarithmic=True),
     "fig3": _fig3,
@@ -233,7 +268,9 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig9": _fig9,
     "fig10": _accuracy("Figure 10: accuracy against accepted tokens", MAIN, x="capo/accepted_tokens", logarithmic=True),
     "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
-    "fig_rivals": _accuracy("Beyond the paper: rival masks at CAPO's rejection rate", RIVAL_ARMS),
+    "fig_rivals": _accuracy("Beyond the paper: rival masks on REINFORCE, at ReinCAPO's rejection rate", RIVAL_ARMS),
+    "fig_last_layer_share": _last_layer_share,
+    "fig_why": _why,
     "fig_learning_rate": _learning_rates,
 }
 
@@ -266,15 +303,12 @@ def _write(path: Path, title: str, columns: list[str], rows: list[list[str]], no
 
 
 def _methods(arms: Arms, path: Path) -> Path | None:
+    target = {name: _to_target(runs) for name, runs in arms.items()}
     rows = []
     for name, runs in arms.items():
         final = [_final(run) for run in runs]
         test = [run["test"]["accuracy"][-1] for run in runs if run["test"]["accuracy"]]
         low, high = bootstrap_interval([final])
-        reached = completions_to_target(
-            [reach(run["curves"]["capo/completions"], run["curves"]["reward"], TARGET) for run in runs],
-            [run["curves"]["capo/completions"][-1] for run in runs],
-        )
         rejected = [np.mean(_finite(run["curves"]["capo/rejection_rate"])) for run in runs]
         rows.append(
             [
@@ -284,7 +318,9 @@ def _methods(arms: Arms, path: Path) -> Path | None:
                 f"{iqm(final):.3f} [{low:.3f}, {high:.3f}]" if len(final) > 1 else f"{iqm(final):.3f}",
                 _plus_minus(test) if test else "–",
                 f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
-                str(reached),
+                str(target[name]),
+                _times_fewer(target.get(STANDARD), target[name]),
+                _times_fewer(target.get(TUNED), target[name]),
                 f"{np.mean(rejected):.2%}",
             ]
         )
@@ -299,6 +335,8 @@ def _methods(arms: Arms, path: Path) -> Path | None:
             "TEST",
             "collapsed",
             f"completions to {TARGET}",
+            f"fewer than {STANDARD}",
+            f"fewer than {TUNED}",
             "out of bounds",
         ],
         rows,
@@ -307,9 +345,24 @@ def _methods(arms: Arms, path: Path) -> Path | None:
     )
 
 
+def _to_target(runs: Runs) -> CompletionsToTarget:
+    curves = [run["curves"] for run in runs]
+    return completions_to_target(
+        [reach(each["capo/completions"], each["reward"], TARGET) for each in curves],
+        [each["capo/completions"][-1] for each in curves],
+    )
+
+
+def _times_fewer(reference: CompletionsToTarget | None, mine: CompletionsToTarget) -> str:
+    """The ratio of two medians, where both are known."""
+    if reference is None or reference.median is None or mine.median is None:
+        return "–"
+    return f"{reference.median / mine.median:.1f}×"
+
+
 def _table1(arms: Arms, path: Path) -> Path | None:
     rows = []
-    for name in ("CAPO", "CAPO, KL budget 3e-4"):
+    for name in ("CAPO", "ReinCAPO", "CAPO, KL budget 3e-4"):
         runs = arms.get(name, [])
         if not runs:
             continue
@@ -333,7 +386,7 @@ def _table1(arms: Arms, path: Path) -> Path | None:
 
 def _table5(arms: Arms, path: Path) -> Path | None:
     rows = []
-    for name in ("GRPO (A)", "CAPO", "GRPO standard", "GRPO (A), KL budget 3e-4"):
+    for name in ("GRPO (A)", "CAPO", "REINFORCE (A)", "ReinCAPO", "GRPO standard", "GRPO (A), KL budget 3e-4"):
         if name not in arms:
             continue
         across = {
