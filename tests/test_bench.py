@@ -31,7 +31,7 @@ def test_every_bench_is_read_and_every_arm_is_a_recipe(path, tmp_path):
 
 
 def test_tuning_and_comparison_use_different_seeds():
-    compared = set(read_bench(EXPERIMENTS / "testbed.yaml").seeds)
+    compared = set(read_bench(EXPERIMENTS / "main.yaml").seeds)
     assert len(compared) == 5
     for name in ("thresholds", "learning_rate"):
         assert not compared & set(read_bench(EXPERIMENTS / f"{name}.yaml").seeds)

@@ -296,7 +296,7 @@ def read_results(folder: str | Path) -> list[dict[str, Any]]:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     results = [result for result in found if "curves" in result]
     if not results:
-        raise BenchError(f"{folder}: no results; run `capo bench` first, or give a folder like results/testbed")
+        raise BenchError(f"{folder}: no results; run `capo bench` first, or give a folder like results/main")
     return results
 
 

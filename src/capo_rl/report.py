@@ -104,7 +104,7 @@ def _read_runs(folder: Path) -> list[dict[str, Any]]:
     if not paths:
         raise ReportError(
             f"{folder}: neither a run (run.json) nor results (ARM/SEED.json); give the output_dir of `capo train` or "
-            "the folder of one benchmark, as results/testbed"
+            "the folder of one benchmark, as results/main"
         )
     return [_read(path, "bench", "arm", "seed", "settings", "versions", "hardware", "curves") for path in paths]
 
