@@ -216,7 +216,7 @@ def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     names = [name for name in (*MAIN, *BUDGETS) if name in arms]
     if not names:
         return None
-    figure, axes = _figure(1, "Beyond the paper: the share of each update's KL that the last layer predicts")
+    figure, axes = _figure(1, "The last layer's predicted share of each update's KL")
     shares = []
     for name in dict.fromkeys(names):
         pairs = [
