@@ -70,6 +70,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(whole, tmp_path, after):
     done = run(folder)
     assert done.returncode == 0, done.stderr
     assert weights(folder) == weights(whole)
+    assert all(entry["seconds"] > 0 for entry in read_metrics(folder))
     timeless = [
         [{key: value for key, value in entry.items() if "seconds" not in key and "time" not in key} for entry in steps]
         for steps in (read_metrics(folder), read_metrics(whole))

@@ -82,13 +82,19 @@ def read_metrics(folder: str | Path) -> Metrics:
     Raises `RunFolderError` if the folder has none.
     """
     path = Path(folder) / "metrics.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise RunFolderError(f"{path}: no such file; give the folder of a run") from None
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; give the folder of a run")
+    return [entry for entry in _entries(path) if "reward" in entry]
+
+
+def rewind_metrics(path: Path, step: int) -> None:
+    """Leave out what was logged after a step: a resumed run logs it again."""
+    write_metrics(path, [entry for entry in _entries(path) if entry["step"] <= step] if path.exists() else [])
+
+
+def _entries(path: Path) -> Metrics:
     # the last line of a run that was killed may be half a line
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return [entry for entry in entries if "reward" in entry]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

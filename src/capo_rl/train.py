@@ -30,6 +30,7 @@ from capo_rl.records import (
     check_folder,
     last_checkpoint,
     read_metrics,
+    rewind_metrics,
     start_run,
     summarize,
     versions,
@@ -155,8 +156,7 @@ class Record(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.perf_counter()
         if state.is_world_process_zero:
-            # a resumed run may have logged steps after its checkpoint, and will log them again
-            write_metrics(self.metrics, state.log_history)
+            rewind_metrics(self.metrics, state.global_step)
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
