@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from capo_rl.records import read_metrics, versions, write_json
+from capo_rl.records import column, read_metrics, versions, write_json
 
 # What of each step is kept: enough for every figure, and no more.
 CURVES = (
@@ -209,7 +209,12 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
         total = time.perf_counter() - start
         entries = read_metrics(folder)
     asked = {name: value for name, value in settings(recipe).items() if name not in fixed}
-    sums = {name: sum(entry.get(f"capo/{key}") or 0 for entry in entries) for name, key in _SECONDS.items()}
+    seconds = {
+        "total": total,
+        "generation": sum(generation),
+        "curvature": sum(column(entries, "capo/seconds")),
+        "kl": sum(column(entries, "capo/kl/seconds")),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
@@ -222,13 +227,10 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             "curves": {name: [_short(entry.get(name)) for entry in entries] for name in CURVES},
             "test": test,
-            "seconds": {"total": total, "generation": sum(generation), **sums},
+            "seconds": seconds,
         },
         indent=None,
     )
-
-
-_SECONDS = {"curvature": "seconds", "kl": "kl/seconds"}
 
 
 def _timed(trainer: Any, method: str) -> list[float]:

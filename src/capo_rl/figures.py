@@ -146,8 +146,10 @@ def _fig3(arms: Arms, path: Path) -> Path | None:
     }
     for each, (label, column) in zip(axes, columns.items(), strict=True):
         _band(each, arms, names, f"capo/{column}")
-        each.set(ylabel=label, yscale="log" if "m_F" in label else "symlog")
-        if "m_H" in label:
+        each.set_ylabel(label)
+        if "m_F" in label:
+            each.set_yscale("log")
+        else:
             each.set_yscale("symlog", linthresh=1e-4)
     return _save(figure, path)
 
@@ -213,22 +215,16 @@ def _learning_rates(arms: Arms, path: Path) -> Path | None:
 
 def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     """How much of each update's KL the last layer carries, by its own second-order prediction."""
-    names = [name for name in (*MAIN, *BUDGETS) if name in arms]
+    names = [name for name in dict.fromkeys((*MAIN, *BUDGETS)) if name in arms]
     if not names:
         return None
     figure, axes = _figure(1, "The last layer's predicted share of each update's KL")
     shares = []
-    for name in dict.fromkeys(names):
-        pairs = [
-            (predicted, measured)
-            for run in arms[name]
-            for predicted, measured in zip(
-                run["curves"]["capo/kl/predicted"], run["curves"]["capo/kl/measured"], strict=True
-            )
-        ]
+    for name in names:
+        pairs = [pair for run in arms[name] for pair in _pairs(run, "capo/kl/predicted", "capo/kl/measured")]
         # below 1e-7 nats the measured KL is rounding
-        shares.append([predicted / measured for predicted, measured in pairs if predicted and (measured or 0) > 1e-7])
-    axes[0].boxplot(shares, tick_labels=list(dict.fromkeys(names)), whis=(5, 95), sym="")
+        shares.append([predicted / measured for predicted, measured in pairs if predicted and measured > 1e-7])
+    axes[0].boxplot(shares, tick_labels=names, whis=(5, 95), sym="")
     axes[0].set(yscale="log", ylabel="predicted / measured")
     axes[0].tick_params(axis="x", rotation=20, labelsize=7)
     return _save(figure, path)
@@ -280,6 +276,12 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
 
 def _finite(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
+
+
+def _pairs(run: dict[str, Any], one: str, other: str) -> list[tuple[float, float]]:
+    """Two figures at the steps that have both."""
+    both = zip(run["curves"][one], run["curves"][other], strict=True)
+    return [(x, y) for x, y in both if x is not None and y is not None]
 
 
 def _final(run: dict[str, Any]) -> float:
@@ -405,12 +407,7 @@ def _table5(arms: Arms, path: Path) -> Path | None:
 
 
 def _across_steps(run: dict[str, Any], column: str) -> float:
-    pairs = [
-        (m_f, kl)
-        for m_f, kl in zip(run["curves"][column], run["curves"]["capo/kl/measured"], strict=True)
-        if m_f is not None and kl is not None
-    ]
-    return spearman(*zip(*pairs, strict=True))
+    return spearman(*zip(*_pairs(run, column, "capo/kl/measured"), strict=True))
 
 
 def _plus_minus(values: Sequence[float]) -> str:

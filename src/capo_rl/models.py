@@ -118,14 +118,19 @@ def load_model(source: ModelSource | str, **kwargs: Any) -> PreTrainedModel:
         model = transformers.AutoModelForCausalLM.from_pretrained(source.name, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise _unloadable(source, error) from error
+    check_head(model, source.name)
+    return model
+
+
+def check_head(model: PreTrainedModel, name: str) -> None:
+    """Raises `ModelError` for a model whose logits are not W h."""
     if model.get_output_embeddings() is None:
-        raise ModelError(f"{source.name}: has no output embedding: CAPO models the last layer")
+        raise ModelError(f"{name}: has no output embedding: CAPO models the last layer; choose a causal language model")
     if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None:
         raise ModelError(
-            f"{source.name}: final_logit_softcapping is not supported: CAPO needs logits that are linear in the "
-            "last layer; choose a model without it"
+            f"{name}: final_logit_softcapping is not supported: CAPO needs logits that are linear in the last layer; "
+            "choose a model without it"
         )
-    return model
 
 
 def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from capo_rl.shifts import Shifts
+from capo_rl.statistics import spearman
 
 QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
 
@@ -51,17 +54,7 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     1.0
     """
     finite = one.isfinite() & other.isfinite()
-    ranks = torch.stack([_ranks(one[finite]), _ranks(other[finite])])
-    ranks = ranks - ranks.mean(-1, keepdim=True)
-    covariance = ranks @ ranks.T
-    return float(covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt())
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """The rank of each value, the average rank for ties."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    return spearman(one[finite].tolist(), other[finite].tolist()) if finite.any() else math.nan
 
 
 def _share(members: Tensor) -> float:

@@ -49,9 +49,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
     is found before the model loads.
     """
     args = recipe.training
-    folder = Path(args.output_dir)
+    folder, asked = Path(args.output_dir), settings(recipe)
     with args.main_process_first():
-        check_folder(folder, settings(recipe))
+        check_folder(folder, asked)
     if (folder / "summary.json").exists():
         logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
         return summarize(read_metrics(folder))
@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trainer, dropped = make_trainer(recipe)
     trainer.add_callback(Record(folder))
     if trainer.is_world_process_zero():
-        start_run(folder, settings(recipe))
+        start_run(folder, asked)
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
 
     if not trainer.is_world_process_zero():
@@ -67,9 +67,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     entries = read_metrics(folder)
     summary = summarize(entries)
     draw_run(entries, folder / "curves.png", title=folder.name)
-    write_json(
-        folder / "summary.json", summary | {"dropped": dropped, "settings": settings(recipe), "versions": versions()}
-    )
+    write_json(folder / "summary.json", summary | {"dropped": dropped, "settings": asked, "versions": versions()})
     return summary
 
 

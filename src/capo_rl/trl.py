@@ -34,6 +34,7 @@ from trl.trainer.utils import is_async_callable
 from capo_rl.config import CAPOConfig
 from capo_rl.grading import guarded
 from capo_rl.last_layer import tile_elements
+from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
@@ -82,7 +83,8 @@ class CAPOTrainer(GRPOTrainer):
         self._token_masks: list[Tensor] = []
         self._weights_before: list[Tensor] = []
         if args.capo_mode != "off":
-            _check_head(self._causal_lm(self.model))
+            causal_lm = self._causal_lm(self.model)
+            check_head(causal_lm, type(causal_lm).__name__)
             self.planner = Planner(
                 _STEPS[args.capo_step](args),
                 args.thresholds,
@@ -410,18 +412,6 @@ def _guarded(reward: Any) -> Any:
     if isinstance(reward, str | nn.Module) or is_async_callable(reward):
         return reward
     return guarded(reward)
-
-
-def _check_head(causal_lm: Any) -> None:
-    """Raises `ValueError` for a model whose logits are not W h."""
-    if causal_lm.get_output_embeddings() is None:
-        raise ValueError(
-            f"{type(causal_lm).__name__} has no output embedding, and CAPO models the last layer: use a causal "
-            "language model"
-        )
-    cap = getattr(causal_lm.config.get_text_config(), "final_logit_softcapping", None)
-    if cap is not None:
-        raise ValueError(f"final_logit_softcapping={cap}: CAPO's last layer is linear and does not model a soft cap")
 
 
 def _logit_scale(causal_lm: Any) -> float:
