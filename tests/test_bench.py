@@ -24,7 +24,7 @@ def test_every_bench_is_read_and_every_arm_is_a_recipe(path, tmp_path):
     assert Path(bench.recipe).exists()
     shared = Path(bench.recipe).read_text()
     for fields in bench.arms.values():
-        changed = {name: value for name, value in fields.items() if name != "rival"}
+        changed = {name: value for name, value in fields.items() if name not in ("rival", "train_only")}
         kept = [line for line in shared.splitlines() if line.split(":")[0] not in changed]
         (tmp_path / "r.yaml").write_text("\n".join([*kept, *(f"{n}: {json.dumps(v)}" for n, v in changed.items())]))
         read_recipe(str(tmp_path / "r.yaml"), ["--capo_mode", "mask"] if "rival" in fields else [])
@@ -33,7 +33,7 @@ def test_every_bench_is_read_and_every_arm_is_a_recipe(path, tmp_path):
 def test_tuning_and_comparison_use_different_seeds():
     compared = set(read_bench(EXPERIMENTS / "main.yaml").seeds)
     assert len(compared) == 5
-    for name in ("thresholds", "learning_rate"):
+    for name in ("thresholds", "learning_rate", "budget"):
         assert not compared & set(read_bench(EXPERIMENTS / f"{name}.yaml").seeds)
 
 
@@ -86,7 +86,8 @@ def test_runs_that_have_a_result_are_not_run_again(tmp_path):
             tmp_path,
             f"recipe: {EXPERIMENTS / 'recipe.yaml'}\nseeds: [1, 2]\ncommon: {common}\n"
             "test: {terms: 6, problems: 4, every: 1}\n"
-            "arms: {random: {rival: {name: random, rate: 0.1}}, broken: {rival: {name: dice, rate: 0.1}}}",
+            "arms:\n  random: {rival: {name: random, rate: 0.1}, train_only: lm_head}\n"
+            "  broken: {rival: {name: dice, rate: 0.1}}",
         )
     )
     with pytest.raises(BenchError, match="no arm rando; there are random, broken"):
@@ -99,6 +100,9 @@ def test_runs_that_have_a_result_are_not_run_again(tmp_path):
     assert result["test"]["capo/completions"] == [0, 16, 32]
     assert all(0 <= accuracy <= 1 for accuracy in result["test"]["accuracy"])
     assert result["settings"]["rival"] == {"name": "random", "rate": 0.1}
+    # with the head alone to train, the last-layer model predicts the update's KL
+    predicted, measured = (result["curves"][f"capo/kl/{of}"] for of in ("predicted", "measured"))
+    assert predicted[-1] == pytest.approx(measured[-1], rel=0.1)
     before = path.read_bytes()
     run_bench(bench, tmp_path, seeds=1, only=["random"], workers=1)
     assert path.read_bytes() == before

@@ -268,6 +268,103 @@ def test_a_kl_budget_that_is_never_reached_changes_nothing(build):
     assert_bitwise_equal(trajectory(build(capo_kl_budget=1e9, **SOME)), trajectory(build(**SOME)))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"num_iterations": 2},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"model": "tied"},
+        {"peft_config": LoraConfig(target_modules=["q_proj", "v_proj"], r=2), "learning_rate": 0.3},
+        {"weight_decay": 0.1},
+        {"capo_kl_sample": 0.25},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("control", ["copy", "optimizer"])
+def test_a_kl_budget_holds_with(build, control, settings):
+    if settings.get("model") == "tied":
+        settings = {"model": make_model(tied=True)}
+    entries = logs(build(capo_kl_budget=1e-3, capo_kl_control=control, **(OPEN | settings)))
+    assert len(entries) == 5
+    assert all(0 <= entry["capo/kl/measured"] <= 1e-3 for entry in entries)
+    assert any(entry["capo/kl/fraction"] < 1 for entry in entries)
+
+
+def test_a_step_recomputed_from_adams_state_is_the_copied_one(build):
+    settings = OPEN | {"capo_kl_budget": 1e-3, "weight_decay": 0.1}
+    one, other = (trajectory(build(capo_kl_control=control, **settings)) for control in ("copy", "optimizer"))
+    for name, weight in one[2].items():
+        torch.testing.assert_close(weight, other[2][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("control", ["learning_rate", "prediction"])
+def test_a_kl_budget_by_the_learning_rate_holds_on_average(build, control):
+    free = logs(build(max_steps=20, capo_kl_every=1, **OPEN))
+    held = logs(build(max_steps=20, capo_kl_every=1, capo_kl_budget=1e-3, capo_kl_control=control, **OPEN))
+
+    def late(entries):
+        return sorted(entry["capo/kl/measured"] for entry in entries[5:])[len(entries[5:]) // 2]
+
+    assert late(free) > 1e-3
+    assert late(held) <= 1.2e-3
+    assert all(entry["learning_rate"] == 1e-2 for entry in held)  # the schedule's own is not touched
+
+
+def test_kl_is_measured_at_every_nth_step(build):
+    entries = logs(build(max_steps=6, capo_mode="monitor", capo_kl_every=3))
+    assert ["capo/kl/measured" in entry for entry in entries] == [False, False, True] * 2
+
+
+def test_momentum_is_shortened_with_the_step_in_the_optimizer_and_in_its_model(build):
+    trainer = build(capo_kl_budget=1e-4, capo_kl_moments="shorten", capo_top_k=None, max_grad_norm=0.05, **OPEN)
+    trainer.train()
+    head = trainer.model.lm_head.weight
+    p, _ = trainer.planner.step.moments(torch.arange(len(head)))
+    torch.testing.assert_close(p, -trainer.optimizer.state[head]["exp_avg"], rtol=1e-4, atol=1e-7)
+    kept = build(capo_kl_budget=1e-4, capo_top_k=None, max_grad_norm=0.05, **OPEN)
+    kept.train()
+    assert p.norm() < kept.planner.step.moments(torch.arange(len(head)))[0].norm()
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_under_a_budget(build):
+    trainer = build(capo_kl_budget=1e-3, max_steps=3, **OPEN)
+    trainer.add_callback(Watch(lambda: None))
+    clip = trainer._clip_grad_norm
+
+    def poison(model):
+        if trainer.state.global_step == 1:
+            model.lm_head.weight.grad[0, 0] = math.nan
+        return clip(model)
+
+    trainer._clip_grad_norm = poison
+    entries = logs(trainer)
+    assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 1]
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+    assert trainer.planner.step.steps == 2
+
+
+def test_a_bound_in_nats_follows_the_measured_kl(build):
+    trainer = build(capo_fisher_nats=1e-3, capo_hessian_low=None, capo_hessian_high=None)
+    bounds = []
+    trainer.add_callback(Watch(lambda: bounds.append(trainer.planner.thresholds.fisher)))
+    entries = logs(trainer)
+    assert bounds[0] == 1e-3  # the model at its word
+    ratio = entries[0]["capo/kl/measured"] / entries[0]["capo/token/m_f/mean"]
+    assert bounds[1] == pytest.approx(1e-3 / ratio, rel=1e-4)
+
+
+def test_balanced_selection_rejects_both_signs_alike(build):
+    many = SOME | {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16, "max_completion_length": 24}
+
+    def imbalance(entries):
+        return [abs(entry["capo/rejection_rate/positive"] - entry["capo/rejection_rate/negative"]) for entry in entries]
+
+    assert max(imbalance(logs(build(**many)))) > 0.05
+    assert max(imbalance(logs(build(capo_balance=True, **many)))) < 0.02
+
+
 def test_reinforce_takes_the_raw_reward(build):
     trainer = build(capo_mode="monitor", capo_advantage="reward", loss_type="dr_grpo", max_steps=1)
     seen = []
@@ -395,6 +492,11 @@ def test_a_plain_grpo_config_is_refused(build):
         ({"importance_sampling_level": "sequence"}, "capo_granularity"),
         ({"capo_kl_budget": 0.0}, "capo_kl_budget=0.0"),
         ({"capo_kl_budget": 1.0, "capo_mode": "monitor"}, "capo_kl_budget changes the run"),
+        ({"capo_kl_control": "hope"}, "capo_kl_control='hope' is not one of copy"),
+        ({"capo_kl_every": 0}, "capo_kl_every=0"),
+        ({"capo_kl_sample": 0.0}, "capo_kl_sample=0.0"),
+        ({"capo_fisher_nats": 0.0}, "capo_fisher_nats=0.0"),
+        ({"capo_balance": True, "capo_granularity": "sequence"}, "capo_balance=True"),
         ({"trust_remote_code": True}, "trust_remote_code"),
     ],
 )

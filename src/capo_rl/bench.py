@@ -4,7 +4,8 @@ recipe: quickstart.yaml            the recipe that all arms share, a path beside
 common: {learning_rate: 5e-4}      fields of the recipe for all arms
 seeds: [11, 12, 13, 14, 15]
 test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
-arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place
+arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `train_only` is a
+                                   pattern of the names of the weights that learn
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each
@@ -51,6 +52,7 @@ CURVES = (
     "capo/kl/measured",
     "capo/kl/predicted",
     "capo/kl/rank_correlation",
+    "capo/kl/fraction",
     "capo/accepted_tokens",
     "grad_norm",
 )
@@ -188,7 +190,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     from capo_rl.train import Record, make_trainer
 
     fields = dict(bench.arms[arm])
-    mask = fields.pop("rival", None)
+    beside = {name: fields.pop(name, None) for name in ("rival", "train_only")}  # no fields of a recipe
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe_file = folder / "recipe.yaml"
@@ -197,8 +199,11 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
         recipe_file.write_text(yaml.safe_dump(shared | fields | fixed), encoding="utf-8")
         recipe = read_recipe(str(recipe_file))
         trainer, _ = make_trainer(recipe)
-        if mask is not None and trainer.planner is not None:
-            trainer.planner.rule = rival(mask["name"], mask["rate"], seed)
+        if beside["train_only"] is not None:
+            for name, weight in trainer.model.named_parameters():
+                weight.requires_grad_(re.search(beside["train_only"], name) is not None)
+        if beside["rival"] is not None and trainer.planner is not None:
+            trainer.planner.rule = rival(**beside["rival"], seed=seed)
         generation = _timed(trainer, "_generate_and_score_completions")
         test: dict[str, list[float]] = {"capo/completions": [], "accuracy": []}
         if bench.test:
@@ -222,7 +227,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             "bench": bench.name,
             "arm": arm,
             "seed": seed,
-            "settings": asked | ({"rival": mask} if mask else {}),
+            "settings": asked | {name: value for name, value in beside.items() if value is not None},
             "versions": versions(),
             "hardware": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
             "curves": {name: [_short(entry.get(name)) for entry in entries] for name in CURVES},

@@ -13,6 +13,8 @@ _CHOICES = {
     "capo_granularity": ("token", "sequence", "group", "batch"),
     "capo_step": ("adam", "sgd"),
     "capo_fisher": ("sampled", "expected"),
+    "capo_kl_control": ("copy", "optimizer", "learning_rate", "prediction"),
+    "capo_kl_moments": ("keep", "shorten"),
 }
 
 # The losses whose denominators are defined on accepted tokens (docs/algorithm.md, "Denominators").
@@ -92,12 +94,51 @@ class CAPOConfig(GRPOConfig):
         },
     )
 
+    capo_fisher_nats: float | None = field(
+        default=None,
+        metadata={
+            "help": "delta_F in nats of the KL that updates really have, in place of capo_fisher_threshold: m_F is "
+            "bounded by this over the running ratio of measured KL to mean m_F. Not in the paper. null: off."
+        },
+    )
+    capo_balance: bool = field(
+        default=False,
+        metadata={
+            "help": "Reject the same share of the tokens with A > 0 as of those with A < 0, the worst of each first; "
+            "in all as many as the thresholds would. Not in the paper."
+        },
+    )
     capo_kl_budget: float | None = field(
         default=None,
         metadata={
-            "help": "Measure the KL of every update on its own batch, one more forward pass, and take back part of one "
-            "above this many nats a token. Not in the paper. null: off."
+            "help": "No update moves the policy by more than this many nats a token. Not in the paper. null: off."
         },
+    )
+    capo_kl_control: str = field(
+        default="copy",
+        metadata={
+            "help": "How the budget is kept. `copy`, `optimizer`: measure each update and go back along it, from a "
+            "copy of the weights or as Adam's state tells it; `learning_rate`: by the next step's learning rate; "
+            "`prediction`: by this step's, from the last layer's prediction, calibrated where KL is measured.",
+            "choices": _CHOICES["capo_kl_control"],
+        },
+    )
+    capo_kl_moments: str = field(
+        default="keep",
+        metadata={
+            "help": "Of a step that was taken back in part: `keep` Adam's moments, or `shorten` the first one with it.",
+            "choices": _CHOICES["capo_kl_moments"],
+        },
+    )
+    capo_kl_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure the KL of every n-th update, one forward pass each; null: of those that are logged."
+        },
+    )
+    capo_kl_sample: float = field(
+        default=1.0,
+        metadata={"help": "The share of a micro-batch's completions on which KL is measured."},
     )
 
     @property
@@ -116,6 +157,19 @@ class CAPOConfig(GRPOConfig):
             raise ValueError(f"capo_top_k={self.capo_top_k} must be at least 1, or null for the whole vocabulary")
         if not 0 <= self.capo_max_missing_mass <= 1:
             raise ValueError(f"capo_max_missing_mass={self.capo_max_missing_mass} is a probability: give it in [0, 1]")
+        if self.capo_kl_every is not None and self.capo_kl_every < 1:
+            raise ValueError(
+                f"capo_kl_every={self.capo_kl_every} must be at least 1, or null for the steps that are logged"
+            )
+        if not 0 < self.capo_kl_sample <= 1:
+            raise ValueError(f"capo_kl_sample={self.capo_kl_sample} is a share of the completions: give it in (0, 1]")
+        if self.capo_fisher_nats is not None and not self.capo_fisher_nats > 0:
+            raise ValueError(f"capo_fisher_nats={self.capo_fisher_nats} must be above 0, or null for a fixed bound")
+        if self.capo_balance and self.capo_granularity != "token":
+            raise ValueError(
+                f"capo_balance=True balances tokens, and capo_granularity={self.capo_granularity!r} rejects larger "
+                "subsets: use capo_granularity='token'"
+            )
         if self.capo_kl_budget is not None:
             if not self.capo_kl_budget > 0:
                 raise ValueError(f"capo_kl_budget={self.capo_kl_budget} must be above 0, or null for no budget")

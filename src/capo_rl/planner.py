@@ -17,15 +17,16 @@ from torch import Tensor
 
 from capo_rl.divergence import measured_kl
 from capo_rl.last_layer import LastLayer, check_tokens, last_layer, logit_chunks, row_gradient
-from capo_rl.selection import Thresholds, select
+from capo_rl.selection import Thresholds, balanced, select
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_direction
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.telemetry import describe, missing_mass, rank_correlation, rejections
+from capo_rl.telemetry import describe, missing_mass, rejections
 
 logger = logging.getLogger(__name__)
 
-# Another way to select than the thresholds: the keep-mask [n] of n tokens, their advantages and their shifts.
-Rule = Callable[[LastLayer, Tensor, Shifts], Tensor]
+# Another way to select than the thresholds: the keep-mask [n] of n tokens, from the last layer, advantages, shifts, and
+# log π(a) under the policy that sampled them.
+Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
 
 
 @dataclass
@@ -59,10 +60,11 @@ class Planner:
         top_k: int | None = None,
         fisher: str = "sampled",
         max_missing_mass: float = 1.0,
+        balance: bool = False,
     ) -> None:
         self.step, self.thresholds = step, thresholds
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
-        self.max_missing_mass = max_missing_mass
+        self.max_missing_mass, self.balance = max_missing_mass, balance
         self.rule: Rule | None = None
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
@@ -78,10 +80,11 @@ class Planner:
         actions: Tensor,
         advantages: Tensor,
         subsets: Tensor | None = None,
+        sampled_log_pi: Tensor | None = None,
     ) -> MicroBatch:
         """Predict every token's shift and accept or reject it; `subsets` [n] makes whole subsets stand or fall.
 
-        Arguments as for `shifts.token_shifts`.
+        Arguments as for `shifts.token_shifts`; `sampled_log_pi` [n] where the rollouts are those of an earlier policy.
         """
         with self._timed():
             check_tokens(hidden, actions, advantages, self.temperature)
@@ -93,7 +96,10 @@ class Planner:
             )
             shifts = shifts_along(token_direction(layer, advantages, self.step), layer, advantages, self.fisher)
             if self.rule is not None:
-                keep = self.rule(layer, advantages, shifts) & ~shifts.nonfinite
+                before = layer.log_pi_a if sampled_log_pi is None else sampled_log_pi
+                keep = self.rule(layer, advantages, shifts, before) & ~shifts.nonfinite
+            elif self.balance:
+                keep = balanced(shifts, self.thresholds, advantages)
             elif subsets is None:
                 keep = select(shifts, self.thresholds)
             else:
@@ -145,17 +151,15 @@ class Planner:
             return {} if batch is None else self._figures(batch)
 
     @torch.no_grad()
-    def measured_kl(self, logits: Callable[[int], Iterable[Tensor]]) -> dict[str, float]:
-        """How far the step just taken moved the policy; `logits(i)` are micro-batch i's after it.
+    def measured_kl(self, sample: list[Tensor], logits: Callable[[int], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+        """How far the step just taken moved the policy at a sample of M tokens: KL(π ‖ π') in nats, and their m_F.
 
-        The mean KL(π ‖ π') in nats a token, and Spearman's rank correlation of a token's KL with its m_F (Table 5).
+        `sample[i]` [n] marks tokens of micro-batch i, whose logits after the step are `logits(i)`.
         """
-        kl = torch.cat([measured_kl(batch.layer, logits(i)) for i, batch in enumerate(self.micro_batches)])
-        m_f = torch.cat([batch.shifts.m_f for batch in self.micro_batches])
-        return {
-            "capo/kl/measured": float(kl.mean()) if len(kl) else float("nan"),
-            "capo/kl/rank_correlation": rank_correlation(kl, m_f),
-        }
+        tokens = list(zip(self.micro_batches, sample, strict=True))
+        kl = [measured_kl(batch.layer[chosen], logits(i)) for i, (batch, chosen) in enumerate(tokens)]
+        m_f = [batch.shifts.m_f[chosen] for batch, chosen in tokens]
+        return (torch.cat(kl), torch.cat(m_f)) if tokens else (torch.zeros(0), torch.zeros(0))
 
     def clear(self) -> float:
         """Forget the micro-batches of the step that is over; returns the seconds spent on it."""

@@ -27,6 +27,9 @@ class SGDStep:
     def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
         """Nothing: SGD has no memory."""
 
+    def shorten_momentum(self, fraction: float) -> None:
+        """Nothing: SGD has no memory."""
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -104,6 +107,10 @@ class AdamStep:
             self._p[:, dims].index_add_(0, slots, g, alpha=1 - beta1)
             self._q[:, dims].index_add_(0, slots, g.square(), alpha=1 - beta2)
         self.steps += 1
+
+    def shorten_momentum(self, fraction: float) -> None:
+        """Multiply P by the fraction of the last step that was taken (`trust_region.shorten_momentum`)."""
+        self._p *= fraction
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moments by row and the number of steps, as tensors."""

@@ -12,6 +12,7 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -31,14 +32,16 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import is_async_callable
 
+from capo_rl.calibration import Ratio
 from capo_rl.config import CAPOConfig
 from capo_rl.grading import guarded
 from capo_rl.last_layer import tile_elements
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
-from capo_rl.selection import accepted_mean
+from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.trust_region import shorten
+from capo_rl.telemetry import rank_correlation
+from capo_rl.trust_region import CONTROLS, shorten_momentum
 
 STATE_FILE = "capo_state.safetensors"
 
@@ -81,7 +84,10 @@ class CAPOTrainer(GRPOTrainer):
         # To measure an update: how to run each micro-batch's forward again, and which tokens count.
         self._forwards: list[Callable[[nn.Module], Any]] = []
         self._token_masks: list[Tensor] = []
-        self._weights_before: list[Tensor] = []
+        self._samples: list[Tensor] = []
+        self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
+        self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
+        self._finite = True  # whether the gradient of the coming step is
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
@@ -92,8 +98,14 @@ class CAPOTrainer(GRPOTrainer):
                 top_k=args.capo_top_k,
                 fisher=args.capo_fisher,
                 max_missing_mass=args.capo_max_missing_mass,
+                balance=args.capo_balance,
             )
             self.add_callback(_AroundTheStep(self))
+        if self.is_deepspeed_enabled and args.capo_kl_budget and args.capo_kl_control in ("copy", "optimizer"):
+            raise ValueError(
+                f"capo_kl_control={args.capo_kl_control!r} moves the weights, and DeepSpeed keeps those that count "
+                "to itself: use 'learning_rate' or 'prediction'"
+            )
 
     # ---- rollouts: REINFORCE's advantage, group numbers, counts -------------------------------------------------
 
@@ -155,8 +167,7 @@ class CAPOTrainer(GRPOTrainer):
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         self._select(model, inputs, mask, hidden[0], logps)
-        self._forwards.append(score)
-        self._token_masks.append(mask)
+        self._remember(score, mask)
         return logps, entropies, aux_loss
 
     def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
@@ -164,13 +175,17 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         advantages = inputs["advantages"]
         advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate()
+        self.planner.step.lr = self._get_learning_rate() * (self._budget.scale if self._budget else 1.0)
+        if self.args.capo_fisher_nats is not None:
+            bound = self.args.capo_fisher_nats / self._ratio.value
+            self.planner.thresholds = Thresholds(bound, self.args.thresholds.hessian)
         planned = self.planner.plan(
             hidden[mask],
             self._project(model, hidden[mask]),
             inputs["completion_ids"][mask],
             advantages[mask],
             self._subsets(inputs, mask),
+            None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
         )
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
@@ -267,50 +282,87 @@ class CAPOTrainer(GRPOTrainer):
         norm = super()._clip_grad_norm(model)
         if norm is not None:
             self._clip = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
+            self._finite = math.isfinite(norm)
         return norm
 
     def _before_step(self) -> None:
-        """Advance the step model, or skip a step that has nothing left in it."""
+        """Advance the step model, or skip a step that has nothing left in it, or whose moments no budget could mend."""
         assert self.planner is not None
-        if self.args.capo_mode == "mask" and self.planner.rejects_everything:
+        unusable = self._budget is not None and not self._finite
+        if unusable or (self.args.capo_mode == "mask" and self.planner.rejects_everything):
             # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
             self.model.zero_grad(set_to_none=True)
             figures = self.planner.skip()
         else:
             figures = self.planner.commit(self._clip)
-        self._clip = 1.0
-        if self.args.capo_kl_budget is not None:
-            self._weights_before = [parameter.detach().clone() for parameter in self._trained()]
+        self._clip, self._finite = 1.0, True
+        if self._budget is not None:
+            self._budget.before_step(self._optimizer(), figures.get("capo/kl/predicted", 0.0))
         figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
+
+    def _after_optimizer(self) -> None:
+        if self._budget is not None:
+            self._budget.after_optimizer(self._optimizer())
 
     def _after_step(self, measure: bool) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         planner = self.planner
         assert planner is not None
         start = time.perf_counter()
-        figures: dict[str, float] = {}
+        tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
 
         def measure_kl() -> float:
-            figures.update(planner.measured_kl(self._logits_now))
-            return figures["capo/kl/measured"]
+            nonlocal tokens
+            tokens = planner.measured_kl(self._samples, self._logits_now)
+            return self._global_mean(tokens[0])
 
-        if self.args.capo_kl_budget is not None:
-            update = shorten(self._trained(), self._weights_before, measure_kl, self.args.capo_kl_budget)
-            self._weights_before = []
-            figures |= {
-                "capo/kl/measured": update.measured,
-                "capo/kl/proposed": update.proposed,
-                "capo/kl/fraction": update.fraction,
-            }
+        figures: dict[str, float] = {}
+        if self._budget is not None:
+            figures = self._budget.after_step(measure_kl, due=measure)
+            if self.args.capo_kl_moments == "shorten" and "capo/kl/proposed" in figures:
+                shorten_momentum(self._optimizer(), figures["capo/kl/fraction"])
+                planner.step.shorten_momentum(figures["capo/kl/fraction"])
         elif measure:
-            measure_kl()
-        if figures:
-            self._record(figures | {"capo/kl/seconds": time.perf_counter() - start})
-        self._record({"capo/seconds": planner.clear()})
+            figures = {"capo/kl/measured": measure_kl()}
+        if tokens is not None:
+            self._ratio.update(figures["capo/kl/measured"], self._global_mean(tokens[1]))
+            figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
+            figures["capo/kl/seconds"] = time.perf_counter() - start
+        self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
         self._token_masks.clear()
+        self._samples.clear()
+
+    def _remember(self, score: partial[Any], mask: Tensor) -> None:
+        """Keep what it takes to run a micro-batch's forward again, on the sample of its completions to be measured."""
+        rows = torch.arange(len(mask), device=mask.device)
+        if self.args.capo_kl_sample < 1:
+            count = max(1, round(self.args.capo_kl_sample * len(mask)))
+            rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
+            arguments = {
+                name: value[rows] if name in ("input_ids", "attention_mask") else value
+                for name, value in score.keywords.items()
+            }
+            if images := [name for name, value in arguments.items() if "image" in name and value is not None]:
+                raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(images)}: set it to 1")
+            score = partial(score.func, **arguments)
+        self._forwards.append(score)
+        self._token_masks.append(mask[rows])
+        sampled = torch.zeros_like(mask)
+        sampled[rows] = mask[rows]
+        self._samples.append(sampled[mask])
+
+    def _global_mean(self, values: Tensor) -> float:
+        """The mean over the tokens of all processes, so that all take the same decisions; NaN if there are none."""
+        sums = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.double)])
+        total, count = self.accelerator.reduce(sums.to(self.accelerator.device)).tolist()
+        return total / count if count else math.nan
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
 
     def _logits_now(self, micro_batch: int) -> Iterator[Tensor]:
         """The logits of a micro-batch's tokens under the weights as they are now, a few tokens at a time."""
@@ -323,9 +375,6 @@ class CAPOTrainer(GRPOTrainer):
         ):
             forward(self.model_wrapped)
         yield from self._project(self.model_wrapped, hidden[0][mask])
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _record(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -344,6 +393,8 @@ class CAPOTrainer(GRPOTrainer):
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
                 "steps_skipped": self.planner.steps_skipped,
+                "ratio": self._ratio.state_dict(),
+                "budget": {} if self._budget is None else self._budget.state_dict(),
             }
         # In the middle of a generation batch the rest of it is still to be trained on.
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
@@ -376,6 +427,9 @@ class CAPOTrainer(GRPOTrainer):
         if self.planner is not None:
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             self.planner.steps_skipped = counters.get("steps_skipped", 0)
+            self._ratio.load_state_dict(counters.get("ratio", {}))
+            if self._budget is not None:
+                self._budget.load_state_dict(counters.get("budget", {}))
             self.planner.step.load_state_dict(
                 {name.removeprefix("step."): x for name, x in tensors.items() if name.startswith("step.")}
             )
@@ -397,8 +451,12 @@ class _AroundTheStep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._before_step()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer._after_optimizer()
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._after_step(measure=control.should_log)
+        every = args.capo_kl_every
+        self.trainer._after_step(measure=state.global_step % every == 0 if every else control.should_log)
 
 
 _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
