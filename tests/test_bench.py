@@ -153,9 +153,9 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
     methods = json.loads((tmp_path / "tables" / "methods.json").read_text())
     row = {row[0]: dict(zip(methods["columns"], row, strict=True)) for row in methods["rows"]}
     assert row["GRPO (A)"]["collapsed"] == "2/2"
-    assert row["GRPO (A)"]["completions to 0.9"] == "0/2, median > 960"
+    assert row["GRPO (A)"]["completions to 0.9 [95 %]"] == "0/2, median > 960"
     assert row["CAPO"]["collapsed"] == "0/2"
-    assert row["CAPO"]["completions to 0.9"].startswith("2/2")
+    assert row["CAPO"]["completions to 0.9 [95 %]"].startswith("2/2")
     assert row["CAPO"]["TEST"] == "0.950 ± 0.000"
     table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())
     assert math.isclose(float(table5["rows"][0][1].split(" ± ")[0]), 1.0)

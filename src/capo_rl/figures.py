@@ -6,6 +6,7 @@ Each figure is a function of the results by arm; `FIGURES` and `TABLES` name the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from capo_rl.statistics import (
     bootstrap_interval,
     collapsed,
     completions_to_target,
+    interval_to_target,
     iqm,
     mean_and_error,
     reach,
@@ -305,9 +307,10 @@ def _write(path: Path, title: str, columns: list[str], rows: list[list[str]], no
 
 
 def _methods(arms: Arms, path: Path) -> Path | None:
-    target = {name: _to_target(runs) for name, runs in arms.items()}
+    target = {name: completions_to_target(*_reached(runs)) for name, runs in arms.items()}
+    first = {name: at for at, name in enumerate((*MAIN, *BUDGETS))}
     rows = []
-    for name, runs in arms.items():
+    for name, runs in sorted(arms.items(), key=lambda arm: (first.get(arm[0], len(first)), arm[0])):
         final = [_final(run) for run in runs]
         test = [run["test"]["accuracy"][-1] for run in runs if run["test"]["accuracy"]]
         low, high = bootstrap_interval([final])
@@ -320,7 +323,7 @@ def _methods(arms: Arms, path: Path) -> Path | None:
                 f"{iqm(final):.3f} [{low:.3f}, {high:.3f}]" if len(final) > 1 else f"{iqm(final):.3f}",
                 _plus_minus(test) if test else "–",
                 f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
-                str(target[name]),
+                f"{target[name]}{_range(*interval_to_target(*_reached(runs)))}",
                 _times_fewer(target.get(STANDARD), target[name]),
                 _times_fewer(target.get(TUNED), target[name]),
                 f"{np.mean(rejected):.2%}",
@@ -336,7 +339,7 @@ def _methods(arms: Arms, path: Path) -> Path | None:
             "IQM [95 %]",
             "TEST",
             "collapsed",
-            f"completions to {TARGET}",
+            f"completions to {TARGET} [95 %]",
             f"fewer than {STANDARD}",
             f"fewer than {TUNED}",
             "out of bounds",
@@ -347,12 +350,20 @@ def _methods(arms: Arms, path: Path) -> Path | None:
     )
 
 
-def _to_target(runs: Runs) -> CompletionsToTarget:
+def _reached(runs: Runs) -> tuple[list[float | None], list[float]]:
+    """The completions at which each run reached the target, and its budget."""
     curves = [run["curves"] for run in runs]
-    return completions_to_target(
+    return (
         [reach(each["capo/completions"], each["reward"], TARGET) for each in curves],
         [each["capo/completions"][-1] for each in curves],
     )
+
+
+def _range(low: float, high: float) -> str:
+    """The interval of a median, where some of the draws have one."""
+    if not math.isfinite(low):
+        return ""
+    return f" [{low:,.0f}, {high:,.0f}]" if math.isfinite(high) else f" [{low:,.0f}, –]"
 
 
 def _times_fewer(reference: CompletionsToTarget | None, mine: CompletionsToTarget) -> str:
