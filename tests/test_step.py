@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capo_rl import AdamStep, SGDStep
-from capo_rl.last_layer import LastLayer, last_layer, row_gradient
+from capo_rl.last_layer import LastLayer, last_layer, row_gradient, support_rows
 
 
 def tokens(seed: int, n: int = 5, d: int = 3, vocabulary: int = 40, top_k: int | None = 4) -> LastLayer:
@@ -97,6 +97,6 @@ def test_wrong_state_and_settings_are_refused():
         AdamStep(0.1, betas=(0.9, 1.0))
     with pytest.raises(ValueError, match="eps"):
         AdamStep(0.1, eps=0.0)
-    two = row_gradient(tokens(0), torch.ones(5), torch.tensor([0, 0, 1, 1, 1]))
+    two = row_gradient(tokens(0), torch.ones(5), support_rows(tokens(0), torch.tensor([0, 0, 1, 1, 1])))
     with pytest.raises(ValueError, match="several subsets"):
         AdamStep(0.1).update(two)

@@ -155,17 +155,44 @@ def last_layer(
 
 
 @dataclass(frozen=True)
+class SupportRows:
+    """Which vocabulary rows the tokens of each subset support: one sort, shared by every gradient over these tokens.
+
+    rows [P]      the vocabulary row of each (subset, row) pair that some token of the subset supports
+    pair [N, k]   which pair a token's support entry belongs to
+    order [N·k]   the support entries sorted by pair, and start [P + 1], where each pair begins among them
+    """
+
+    rows: Tensor
+    pair: Tensor
+    order: Tensor
+    start: Tensor
+
+
+def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows:
+    """The rows of each subset of tokens; subsets [N] holds each token's subset number, None means one of all tokens."""
+    key = layer.support
+    vocabulary = 0
+    if subsets is not None and key.numel():
+        vocabulary = int(key.max()) + 1
+        key = key + vocabulary * subsets[:, None]
+    ascending, order = key.flatten().sort(stable=True)
+    pairs, inverse, counts = torch.unique_consecutive(ascending, return_inverse=True, return_counts=True)
+    pair = torch.empty_like(order).scatter_(0, order, inverse).view_as(key)
+    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SupportRows(pairs % vocabulary if vocabulary else pairs, pair, order, start)
+
+
+@dataclass(frozen=True)
 class RowGradient:
     """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few columns at a time.
 
-    rows [P]       the vocabulary row of each (subset, row) pair that some token of the subset supports
-    pair [N, k]    which pair a token's support entry belongs to
+    rows [P]       the vocabulary row of each pair of `SupportRows`
     weights [P, N] sparse, w_i u_ij: the gradient is weights @ hidden
     hidden [N, d]
     """
 
     rows: Tensor
-    pair: Tensor
     weights: Tensor
     hidden: Tensor
 
@@ -174,26 +201,19 @@ class RowGradient:
         return self.weights @ self.hidden[:, dims].to(self.weights.dtype)
 
 
-def row_gradient(layer: LastLayer, weights: Tensor, subsets: Tensor | None = None) -> RowGradient:
+def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = None) -> RowGradient:
     """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
 
-    weights [N]; subsets [N] holds each token's subset number, None means one subset of all tokens.
-    The dense gradient has V·d entries a subset; this keeps the N·k weights and lets the caller take columns.
+    weights [N]; `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
+    entries a subset; this keeps the N·k weights and lets the caller take columns.
     """
-    key = layer.support
-    vocabulary = 0
-    if subsets is not None and key.numel():
-        vocabulary = int(key.max()) + 1
-        key = key + vocabulary * subsets[:, None]
-    pairs, pair = torch.unique(key, return_inverse=True)
-    tokens = torch.arange(len(layer), device=key.device)[:, None].expand_as(pair)
-    values = weights.to(layer.u.dtype)[:, None] * layer.u
+    rows = support_rows(layer) if rows is None else rows
+    tokens, k = layer.support.shape
+    values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()
     with warnings.catch_warnings():
         # torch says once a process that its CSR layout is in beta and that it does not check what is built here
         warnings.filterwarnings("ignore", message="Sparse")
-        matrix = torch.sparse_coo_tensor(
-            torch.stack([pair.reshape(-1), tokens.reshape(-1)]),
-            values.reshape(-1),
-            (len(pairs), len(layer)),
-        ).to_sparse_csr()
-    return RowGradient(pairs % vocabulary if vocabulary else pairs, pair, matrix, layer.hidden)
+        matrix = torch.sparse_csr_tensor(
+            rows.start, rows.order // max(1, k), values[rows.order], (len(rows.rows), tokens)
+        )
+    return RowGradient(rows.rows, matrix, layer.hidden)

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from capo_rl.divergence import measured_kl
-from capo_rl.last_layer import LastLayer, check_tokens, last_layer, logit_chunks, row_gradient
+from capo_rl.last_layer import (
+    LastLayer,
+    SupportRows,
+    check_tokens,
+    last_layer,
+    logit_chunks,
+    row_gradient,
+    support_rows,
+)
 from capo_rl.selection import Thresholds, balanced, select
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_direction
 from capo_rl.step import AdamStep, SGDStep
@@ -130,14 +138,19 @@ class Planner:
                 "the optimizer: this version of the trainer computes its loss another way"
             )
         with self._timed():
-            figures = self._figures(batch)
+            rows = support_rows(batch.layer)
+            figures = self._figures(batch, rows)
             weights = scale * batch.weights
-            v = subset_direction(batch.layer, weights, self.step)
-            planned = shifts_along(v, batch.layer, batch.advantages)
+            planned = shifts_along(
+                subset_direction(batch.layer, weights, self.step, rows), batch.layer, batch.advantages
+            )
             figures["capo/kl/predicted"] = float(0.5 * planned.c.mean())
             # A token with no weight has no gradient, and its rows need no memory.
             counted = weights != 0
-            self.step.update(row_gradient(batch.layer[counted], weights[counted]))
+            if counted.all():
+                self.step.update(row_gradient(batch.layer, weights, rows))
+            else:
+                self.step.update(row_gradient(batch.layer[counted], weights[counted]))
             self.accepted_tokens += int(batch.keep.sum())
         figures["capo/accepted_tokens"] = float(self.accepted_tokens)
         return figures
@@ -148,7 +161,7 @@ class Planner:
         self.steps_skipped += 1
         batch = self._whole_step()
         with self._timed():
-            return {} if batch is None else self._figures(batch)
+            return {} if batch is None else self._figures(batch, support_rows(batch.layer))
 
     @torch.no_grad()
     def measured_kl(self, sample: list[Tensor], logits: Callable[[int], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -180,23 +193,15 @@ class Planner:
             torch.cat(weights) if len(weights) == len(batches) else None,
         )
 
-    def _figures(self, batch: MicroBatch) -> dict[str, float]:
+    def _figures(self, batch: MicroBatch, rows: SupportRows) -> dict[str, float]:
         """Shifts at token and batch level, before and after selection, and what was rejected."""
         keep = batch.keep
         finite = ~batch.shifts.nonfinite
         figures = describe("capo/token", batch.shifts) | describe("capo/token_accepted", batch.shifts[keep])
         for name, members in (("capo/batch", finite), ("capo/batch_accepted", keep)):
-            advantages = batch.advantages[members]
-            level = subset_shifts_of(
-                batch.layer[members],
-                advantages,
-                self.step,
-                torch.zeros_like(members[members], dtype=torch.long),
-                self.fisher,
-            )
+            level = self._step_of(members, batch, rows if finite.all() else None)
             for symbol in ("m_h", "m_f"):
-                value = getattr(level, symbol)
-                figures[f"{name}/{symbol}"] = float(value[0]) if len(value) else float("nan")
+                figures[f"{name}/{symbol}"] = float(getattr(level, symbol).mean())
         figures |= rejections(keep, batch.advantages)
         figures |= missing_mass(batch.layer.missing_mass, self.max_missing_mass)
         figures["capo/nonfinite_shifts"] = float((~finite).sum())
@@ -211,6 +216,18 @@ class Planner:
                 self.top_k,
             )
         return figures
+
+    def _step_of(self, members: Tensor, batch: MicroBatch, rows: SupportRows | None) -> Shifts:
+        """The shifts at some of the tokens of the step that their mean gradient would take (Eq. 7).
+
+        Without the step's `rows` the others are left out altogether: a weight of zero does not silence a NaN.
+        """
+        layer, advantages = batch.layer, batch.advantages
+        if rows is None:
+            layer, advantages, members = layer[members], advantages[members], members[members]
+        weights = advantages.where(members, 0) / members.sum()
+        v = subset_direction(layer, weights, self.step, rows)
+        return shifts_along(v, layer, advantages, self.fisher)[members]
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

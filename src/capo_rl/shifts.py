@@ -25,16 +25,21 @@ from torch import Tensor
 
 from capo_rl.last_layer import (
     LastLayer,
+    SupportRows,
     check_tokens,
     compute_dtype,
     last_layer,
     logit_chunks,
     row_gradient,
+    support_rows,
     tile_elements,
 )
 from capo_rl.step import AdamStep, SGDStep
 
 FISHERS = ("sampled", "expected")
+
+# A product of matrices does this many times the work of a gather of rows in the same time.
+_DENSE = 32
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def subset_shifts_of(
         raise ValueError("subsets must hold a number of 0 or more for each token")
     advantages = advantages.to(layer.u.dtype)
     count = torch.bincount(subsets).to(advantages.dtype)
-    v = subset_direction(layer, advantages / count[subsets], step, subsets)
+    v = subset_direction(layer, advantages / count[subsets], step, support_rows(layer, subsets))
     tokens = shifts_along(v, layer, advantages, fisher)
 
     def mean(values: Tensor) -> Tensor:
@@ -171,15 +176,17 @@ def token_direction(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamSt
 
 
 def subset_direction(
-    layer: LastLayer, weights: Tensor, step: SGDStep | AdamStep, subsets: Tensor | None = None
+    layer: LastLayer, weights: Tensor, step: SGDStep | AdamStep, rows: SupportRows | None = None
 ) -> Tensor:
     """v = U h on the support [N, k], for the step U of the gradient Σ w_i u_i h_iᵀ of each token's subset.
 
     weights [N]: A / |b| gives Eq. 7; the loss's own weights give the update that the optimizer is about to make.
+    `rows`: the subsets' rows, by default those of one subset of all tokens.
     """
     tokens, k = layer.support.shape
     d = layer.hidden.shape[1]
-    gradient = row_gradient(layer, weights, subsets)
+    rows = support_rows(layer) if rows is None else rows
+    gradient = row_gradient(layer, weights, rows)
     v = torch.zeros_like(layer.u)
     budget = tile_elements(v.device)
     # One tile holds the step of every pair, [P, width]; the tokens then read it in blocks, [block, k, width].
@@ -191,7 +198,10 @@ def subset_direction(
         for first in range(0, tokens, block):
             some = slice(first, first + block)
             h = layer.hidden[some, dims].to(v.dtype)
-            v[some] += (step_rows[gradient.pair[some]] @ h[:, :, None]).squeeze(2)
+            if len(rows.rows) <= _DENSE * k:
+                v[some] += (h @ step_rows.T).gather(1, rows.pair[some])
+            else:
+                v[some] += (step_rows[rows.pair[some]] @ h[:, :, None]).squeeze(2)
     return v
 
 
