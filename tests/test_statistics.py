@@ -17,12 +17,16 @@ from capo_rl.statistics import (
     bootstrap_interval,
     collapsed,
     completions_to_target,
+    interval_to_target,
     iqm,
     mean_and_error,
     paired_bootstrap,
+    pass_at_k,
+    probability_above_zero,
     reach,
     smooth,
     spearman,
+    wilson_interval,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -138,6 +142,66 @@ def test_pairing_removes_what_the_items_share():
     assert shuffled_low < 0 < shuffled_high
     with pytest.raises(ValueError, match="2 values can't be paired with 1"):
         paired_bootstrap([1.0, 2.0], [1.0])
+
+
+# Shares
+
+
+@pytest.mark.parametrize(("n", "c"), [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, c):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+def test_pass_at_k_does_not_overflow():
+    assert pass_at_k(10_000, 1, 5_000) == 0.5
+
+
+@pytest.mark.parametrize("arguments", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_of_impossible_counts_is_an_error(arguments):
+    with pytest.raises(ValueError, match="k="):
+        pass_at_k(*arguments)
+
+
+@given(
+    st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.5, 0.9, 0.95])
+)
+def test_wilson_interval_ends_where_the_score_test_rejects(counts, level):
+    c, n = counts
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    low, high = wilson_interval(c / n, n, level)
+    assert 0 <= low <= c / n <= high <= 1
+    for end in (low, high):
+        assert abs(c / n - end) == pytest.approx(z * math.sqrt(end * (1 - end) / n), abs=1e-9) or end in (0, 1)
+
+
+def test_wilson_interval_covers_what_it_says():
+    """Over all outcomes of 40 trials, by the binomial's weights; of averaged samples it may cover more."""
+    for share in (0.05, 0.3, 0.5, 0.9):
+        covered = 0.0
+        for c in range(41):
+            low, high = wilson_interval(c / 40, 40)
+            covered += (low <= share <= high) * math.comb(40, c) * share**c * (1 - share) ** (40 - c)
+        assert 0.92 < covered < 0.99
+
+
+@pytest.mark.parametrize("arguments", [(1.1, 4), (-0.1, 4), (0.5, 0), (0.5, 4, 1.0), (NAN, 4)])
+def test_wilson_interval_of_no_share_is_an_error(arguments):
+    with pytest.raises(ValueError, match="mean="):
+        wilson_interval(*arguments)
+
+
+def test_probability_above_zero_agrees_with_the_interval():
+    """Differences about a mean of two standard errors: above zero with the normal's 0.977; mirrored, the rest of it."""
+    x = np.random.default_rng(1).normal(size=200)
+    x += 2 * x.std(ddof=1) / math.sqrt(200) - x.mean()
+    above = probability_above_zero([x])
+    assert above == pytest.approx(statistics.NormalDist().cdf(2), abs=0.015)
+    assert above + probability_above_zero([-x]) == pytest.approx(1)
+    assert math.isnan(probability_above_zero([[1.0]]))
+    with pytest.raises(ValueError, match="resamples=0"):
+        probability_above_zero([x], resamples=0)
 
 
 # Rank correlation
@@ -374,3 +438,16 @@ def test_with_one_budget_the_median_is_the_middle_run(reached):
 def test_bad_runs_are_named(reached, budgets, message):
     with pytest.raises(ValueError, match=message):
         completions_to_target(reached, budgets)
+
+
+def test_the_interval_of_a_median_of_completions_holds_the_median_and_censoring_opens_it():
+    reached = [1000.0, 1200.0, 1500.0, 1800.0, 2100.0]
+    budgets = [3000.0] * 5
+    low, high = interval_to_target(reached, budgets)
+    assert low <= completions_to_target(reached, budgets).median <= high < math.inf
+    assert {low, high} <= set(reached)
+    assert interval_to_target([*reached[:3], None, None], budgets)[1] == math.inf
+    assert interval_to_target([None] * 5, budgets) == (math.inf, math.inf)
+    assert all(math.isnan(end) for end in interval_to_target([1000.0], [3000.0]))
+    with pytest.raises(ValueError, match="no runs"):
+        interval_to_target([], [])

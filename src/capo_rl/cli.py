@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from capo_rl import __version__
@@ -43,6 +43,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench.add_argument("--workers", type=int, help="runs at a time (default: the number of cores)")
     bench.add_argument("--results", default="results", metavar="FOLDER", help="(default: %(default)s)")
     bench.set_defaults(run=_bench)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model's accuracy on the paper's eight benchmarks, or go on with an evaluation that was stopped",
+        description="Complete the problems of benchmarks, grade them, and show accuracies with 95 % intervals. An "
+        "evaluation that was stopped goes on where it was: run the same command again. Of GPQA, as its authors ask, no "
+        "text is kept: only letters and verdicts.",
+    )
+    evaluate.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder (a LoRA adapter's too), a .gguf file, package:NAME, embedded, or a hub id",
+    )
+    evaluate.add_argument(
+        "--benchmarks", nargs="+", default=["all"], metavar="NAME", help="which of the eight (default: all)"
+    )
+    evaluate.add_argument("--data", metavar="FOLDER", help="where NAME.jsonl files are (default: from the hub)")
+    evaluate.add_argument("--samples", type=int, help="completions a problem (default: the benchmark's)")
+    evaluate.add_argument("--temperature", type=float, help="of sampling, 0 is greedy (default: the benchmark's)")
+    evaluate.add_argument("--top-p", type=float, help="nucleus sampling, 1 is none (default: the benchmark's)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="a longer completion is truncated (default: %(default)s)"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="N problems of each benchmark, always the same ones")
+    evaluate.add_argument(
+        "--batch-size", type=int, help="completions at a time (default: 32, or 1024 by vLLM, which batches by itself)"
+    )
+    evaluate.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    evaluate.add_argument("--out", metavar="FOLDER", help="where it is kept (default: runs/eval-MODEL)")
+    evaluate.add_argument("--baseline", metavar="FOLDER", help="another evaluation, to show the differences from it")
+    evaluate.set_defaults(run=_eval)
+
+    regrade = commands.add_parser(
+        "regrade",
+        help="grade an evaluation's completions again",
+        description="Grade the completions of an evaluation again, from disk, and say how many verdicts changed.",
+    )
+    regrade.add_argument("folder", metavar="FOLDER", help="the folder of an evaluation")
+    regrade.set_defaults(run=_regrade)
 
     plot = commands.add_parser("plot", help="draw the curves of one run, or of several in one picture")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER for the legend")
@@ -91,6 +130,53 @@ def _bench(options: argparse.Namespace) -> None:
         bench = quick(bench)
     run_bench(bench, Path(options.results), seeds=options.seeds, only=options.only, workers=options.workers)
     print(Path(options.results, bench.name))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    import re
+    from pathlib import Path
+
+    from capo_rl.benchmarks import BENCHMARKS
+    from capo_rl.evaluate import Settings, compare, evaluate, read_evaluation, read_settings, summarize
+
+    names = list(BENCHMARKS) if "all" in options.benchmarks else options.benchmarks
+    settings = Settings(
+        options.model,
+        samples=options.samples,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        limit=options.limit,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    short = re.sub(r"[^\w.-]+", "-", re.split(r"[/:\\]", options.model.rstrip("/\\"))[-1])
+    folder = Path(options.out or f"runs/eval-{short}")
+    baseline = read_evaluation(options.baseline) if options.baseline else None  # before hours of work, not after
+    evaluation = evaluate(settings, names, folder, data=options.data)
+    _show_evaluation(summarize(evaluation), folder)
+    if baseline is not None:
+        ours, theirs = read_settings(folder), read_settings(options.baseline)
+        other = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        alone = {
+            name: len(evaluation.get(name) or baseline[name])
+            for name in BENCHMARKS
+            if (name in evaluation) != (name in baseline)
+        }
+        _show_differences(compare(evaluation, baseline), options.baseline, other, alone)
+
+
+def _regrade(options: argparse.Namespace) -> None:
+    from capo_rl.evaluate import read_evaluation, regrade, summarize
+
+    done = regrade(options.folder)
+    _show_evaluation(summarize(read_evaluation(options.folder)), options.folder)
+    print(
+        f"{done.changed:,} of {done.completions:,} verdicts changed ({done.now_right:,} to right, "
+        f"{done.no_longer_right:,} from right)"
+    )
+    for name in done.secret:
+        print(f"{name}: not graded again: its completions are not kept, as its authors ask")
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -152,6 +238,72 @@ def _show(summary: dict[str, Any], folder: str) -> None:
     Console().print(table)
 
 
+def _show_evaluation(summary: dict[str, Any], folder: Any) -> None:
+    rows = {
+        name: (
+            f"{row['problems']:,}",
+            f"{row['accuracy']:.1%}",
+            _interval(row["low"], row["high"]),
+            f"{row['pass@k'][str(row['samples'])]:.1%} @{row['samples']}",
+            f"{row['tokens']:,.0f}",
+            f"{row['truncated']:,}",
+            f"{row['timed_out']:,}",
+        )
+        for name, row in summary["benchmarks"].items()
+    }
+    mean = summary["mean"]
+    name = "TEST" if mean["test"] else "mean of those run"
+    last = {name: ("", f"{mean['accuracy']:.1%}", _interval(mean["low"], mean["high"]))}
+    headings = ("problems", "accuracy", "95 %\ninterval", "pass@k", "tokens", "truncated", "timed\nout")
+    _show_table(str(folder), headings, rows, last)
+
+
+def _show_differences(
+    differences: Sequence[Any], baseline: str, other: Sequence[str], alone: Mapping[str, int]
+) -> None:
+    rows = {
+        row.name: (
+            f"{row.problems:,}",
+            f"{row.difference:+.1%}",
+            _interval(row.low, row.high, "+"),
+            f"{row.above:.3f}",
+            f"{row.apart:,}",
+        )
+        for row in differences
+    }
+    last = {"mean": rows.pop("mean")} if "mean" in rows else {}
+    headings = ("problems", "difference", "95 %\ninterval", "P(above 0)", "problems\nin one only")
+    _show_table(f"less {baseline}", headings, rows, last)
+    for name, problems in alone.items():
+        print(f"{name}: {problems:,} problems, in one of the two only")
+    if other:
+        print(f"The two differ in: {', '.join(other)}")
+
+
+def _show_table(
+    title: str, headings: Sequence[str], rows: Mapping[str, Sequence[str]], last: Mapping[str, Sequence[str]]
+) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Narrow enough for 80 columns.
+    table = Table("", title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    table.add_section()
+    for name, cells in last.items():
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def _interval(low: float, high: float, sign: str = "") -> str:
+    return "–" if low != low else f"{100 * low:{sign}.1f}…{100 * high:{sign}.1f}"
+
+
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {
@@ -161,6 +313,8 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.records": "RunFolderError",
         "capo_rl.bench": "BenchError",
         "capo_rl.report": "ReportError",
+        "capo_rl.benchmarks": "BenchmarkError",
+        "capo_rl.evaluate": "EvaluationError",
     }
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 

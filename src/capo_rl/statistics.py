@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,16 +61,65 @@ def bootstrap_interval(
     covers 0.84, of thirty 0.935. Where a group has one value its spread is unknown, and both ends are NaN.
     Raises `ValueError` for no groups, a group as in `mean_and_error`, a level outside (0, 1), or no resamples.
     """
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level={level}, resamples={resamples}: need a level in (0, 1) and at least one resample")
-    if not (samples := [_sample(group) for group in groups]):
-        raise ValueError("no groups")
-    if min(map(len, samples)) == 1:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    draws = (np.concatenate([x[rng.integers(len(x), size=len(x))] for x in samples]) for _ in range(resamples))
-    low, high = np.quantile([statistic(draw) for draw in draws], [(1 - level) / 2, (1 + level) / 2])
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: need a level in (0, 1)")
+    draws = _bootstrap(groups, statistic, resamples, seed)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def probability_above_zero(
+    groups: Sequence[Iterable[float]],
+    statistic: Callable[[Array], float] = np.mean,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> float:
+    """The share of the bootstrap's draws, those of `bootstrap_interval`, whose statistic is above zero; at zero, half.
+
+    Of the differences between two evaluations it says how sure the one can be called better. NaN and `ValueError` as
+    `bootstrap_interval`.
+
+    >>> probability_above_zero([[0.5, 0.25]]), probability_above_zero([[0.0, 0.0, 0.0]])
+    (1.0, 0.5)
+    """
+    draws = _bootstrap(groups, statistic, resamples, seed)
+    return float(np.mean((np.sign(draws) + 1) / 2))
+
+
+def wilson_interval(mean: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share of n trials: its low and high end, both in [0, 1].
+
+    (p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n), with p the mean and z the normal's (1 + level)/2 quantile. Unlike
+    the bootstrap's it has a width where all trials agree. Of values between 0 and 1, each the mean over a problem's
+    samples, it is rather too wide than too narrow: they vary less than trials. Raises `ValueError` for a mean outside
+    [0, 1], n < 1, or a level outside (0, 1).
+
+    >>> [round(end, 4) for end in wilson_interval(0.0, 64)]
+    [0.0, 0.0566]
+    """
+    if not 0 <= mean <= 1 or n < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"mean={mean}, n={n}, level={level}: need a share of at least one trial, and a level in (0, 1)"
+        )
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre, spread = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))  # at a mean of 0 or 1 rounding may pass it
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 − C(n−c, k) / C(n, k): how likely one of k of the n samples, drawn without replacement, is among the c right.
+
+    Its mean over problems is the unbiased estimate of pass@k (Chen et al. 2021, arXiv 2107.03374, Eq. 1). Raises
+    `ValueError` unless 0 ≤ c ≤ n and 1 ≤ k ≤ n.
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 1, 4)
+    (0.25, 0.5, 1.0)
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"n={n}, c={c}, k={k}: need 0 <= c <= n and 1 <= k <= n")
+    return float(1 - Fraction(math.comb(n - c, k), math.comb(n, k)))
 
 
 def paired_bootstrap(
@@ -207,6 +257,51 @@ def completions_to_target(runs_reached: Sequence[float | None], budgets: Sequenc
         t, cut_off = next(left)
         surviving, n = surviving * (1 - Fraction(not cut_off, n)), n - 1
     return CompletionsToTarget(reached, len(runs), t, None)
+
+
+def interval_to_target(
+    runs_reached: Sequence[float | None],
+    budgets: Sequence[float],
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The bootstrap interval of the median of `completions_to_target`, runs drawn whole; an end may be infinite.
+
+    A draw in which fewer than half of the runs reach the target has a median beyond every budget. The ends are draws,
+    not values between two of them, since infinity has no midpoint. NaN for one run; `ValueError` as
+    `completions_to_target`.
+
+    >>> interval_to_target([1600.0, 1920.0, None], [3200.0] * 3)
+    (1600.0, inf)
+    """
+    completions_to_target(runs_reached, budgets)
+    runs = list(zip(runs_reached, budgets, strict=True))
+    if len(runs) == 1:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    medians = []
+    for draw in rng.integers(len(runs), size=(resamples, len(runs))):
+        median = completions_to_target(*zip(*(runs[i] for i in draw), strict=True)).median
+        medians.append(math.inf if median is None else median)
+    medians.sort()
+    low, high = ((1 - level) / 2, (1 + level) / 2)
+    return medians[math.floor(low * (resamples - 1))], medians[math.ceil(high * (resamples - 1))]
+
+
+def _bootstrap(
+    groups: Sequence[Iterable[float]], statistic: Callable[[Array], float], resamples: int, seed: int
+) -> Array:
+    """The statistic of each draw, groups drawn with replacement each on its own; NaN if a group has one value."""
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: need at least one")
+    if not (samples := [_sample(group) for group in groups]):
+        raise ValueError("no groups")
+    if min(map(len, samples)) == 1:
+        return np.full(resamples, math.nan)
+    rng = np.random.default_rng(seed)
+    draws = (np.concatenate([x[rng.integers(len(x), size=len(x))] for x in samples]) for _ in range(resamples))
+    return np.array([statistic(draw) for draw in draws])
 
 
 def _sample(values: Iterable[float]) -> Array:
