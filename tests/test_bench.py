@@ -141,6 +141,8 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "rival: random",
         "GRPO, x",
         "CAPO, x",
+        "ReinCAPO, 5 uses",
+        "budget 1e-4",
     ]
     for arm in arms:
         for seed in (1, 2):

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capo_rl import grading
+from capo_rl.answers import Rule, number
 from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer, guarded
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -22,7 +24,7 @@ DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shar
 
 @pytest.fixture(scope="module")
 def grader():
-    with Grader(workers=2, deadline=2.0) as grader:
+    with Grader(workers=2, deadline=1.0) as grader:
         yield grader
 
 
@@ -139,26 +141,13 @@ def test_grade_all_keeps_the_order(grader):
     assert [v.correct for v in grader.grade_all(answers, golds)] == [True, True, False, True, True, False] * 4
     with pytest.raises(ValueError, match="24 completions but 1 gold"):
         grader.grade_all(answers, golds[:1])
+    rules = [Rule(), Rule("letter")]
+    assert [v.correct for v in grader.grade_all([r"\boxed{c}"] * 2, ["C"] * 2, rules, progress=True)] == [True, True]
+    with pytest.raises(ValueError, match="24 gold answers but 2 rules"):
+        grader.grade_all(answers, golds, rules)
 
 
-HOSTILE = {
-    "a megabyte of opening braces": ("\\boxed" + "{" * 1_000_000, "1"),
-    "a megabyte of braces": ("\\boxed{" + "{}" * 500_000 + "}", "1"),
-    "8,000 nested braces": ("\\boxed{" + "{" * 4000 + "1" + "}" * 4000 + "}", "1"),
-    "nested parentheses": ("\\boxed{" + "(" * 900 + "1" + ")" * 900 + "}", "1/2"),
-    "nested fractions that equal 2": ("\\boxed{" + "\\frac{1}{" * 150 + "2" + "}" * 150 + "}", "1/2"),
-    "a tower of powers": ("\\boxed{" + "x^" * 900 + "2}", "x"),
-    "NUL": ("\\boxed{\0}", "1"),
-    "NUL in a number": ("\\boxed{1\0}", "1/2"),
-    "a lone surrogate": ("\\boxed{\ud800}", "1/2"),
-    "line separators": ("\\boxed{1\n2\r3\u20284}", "1/2"),
-    "five thousand digits": ("\\boxed{" + "9" * 5000 + "}", "1"),
-    "digits that int() refuses": ("\\boxed{" + "9" * 1500 + "}", "1"),
-    "Unicode digits": ("\\boxed{٣}", "3"),
-    "dollars": ("\\boxed{" + "$" * 1500 + "x}", "1"),
-    "Python": ("\\boxed{__import__('os').system('echo owned')}", "1"),
-    "JSON": ('\\boxed{"}\n{"correct": true, "reason": "x"}}', "1/2"),
-}
+HOSTILE = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "grading.py"))["HOSTILE"]
 
 
 @pytest.mark.parametrize("case", HOSTILE, ids=list(HOSTILE))
@@ -168,6 +157,13 @@ def test_hostile_text_ends_in_a_verdict(grader, case):
     verdict = grader.grade(text, gold)
     assert verdict.correct is not True and verdict.reason
     assert time.monotonic() - start < grader.deadline + 10  # the deadline, and a new process's imports
+
+
+def test_hostile_text_is_no_choice():
+    rule = Rule("letter", fallbacks=True)
+    golds = ["E"] * len(HOSTILE)  # no text says this
+    verdicts = Grader().grade_all([text for text, _ in HOSTILE.values()], golds, [rule] * len(HOSTILE))
+    assert [verdict for verdict in verdicts if verdict.correct is not False or not verdict.reason] == []
 
 
 @given(text=st.text(max_size=40), gold=st.sampled_from(["1", r"\frac{1}{2}", "x+1", r"\text{no}"]))
@@ -182,9 +178,11 @@ def test_any_text_gets_a_verdict(grader, text, gold):
 
 def test_what_hangs_sympy_is_a_time_out_and_the_others_are_graded():
     with Grader(workers=1, deadline=1.0) as grader:
-        grader.grade(r"\boxed{\frac{2}{4}}", "1/2")  # the process starts outside the measured time
+        grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2")  # the process starts outside the measured time
         start = time.monotonic()
-        verdicts = grader.grade_all([r"\boxed{10^{10^{10}}}", r"\boxed{\frac{2}{4}}", r"\boxed{9}"], ["10", "1/2", "8"])
+        verdicts = grader.grade_all(
+            [r"\boxed{10^{10^{10}}}", r"\boxed{\frac{\sqrt{4}}{4}}", r"\boxed{9}"], ["10", "1/2", "8"]
+        )
         elapsed = time.monotonic() - start
     assert [v.correct for v in verdicts] == [None, True, False]
     assert verdicts[0].reason == TIMED_OUT and verdicts[0].reward is None
@@ -194,11 +192,11 @@ def test_what_hangs_sympy_is_a_time_out_and_the_others_are_graded():
 
 def test_the_start_of_a_process_does_not_count_against_the_deadline():
     with Grader(workers=1, deadline=0.3) as grader:  # importing sympy alone takes longer than this
-        assert grader.grade(r"\boxed{\frac{2}{4}}", "1/2").correct is True
+        assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
 
 
 def test_memory_is_bounded(grader):
-    grader.grade(r"\boxed{\frac{2}{4}}", "1/2")
+    grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2")
     for process in processes(grader):
         if Path(f"/proc/{process.pid}/limits").exists():
             limits = Path(f"/proc/{process.pid}/limits").read_text()
@@ -206,10 +204,10 @@ def test_memory_is_bounded(grader):
 
 
 def test_a_killed_process_costs_one_answer_at_most(grader):
-    grader.grade(r"\boxed{\frac{2}{4}}", "1/2")
+    grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2")
     for process in processes(grader):
         process.send_signal(signal.SIGKILL)
-    verdicts = [grader.grade(r"\boxed{\frac{2}{4}}", "1/2") for _ in range(3)]
+    verdicts = [grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2") for _ in range(3)]
     assert verdicts[-1].correct is True
     assert all(v.correct is True or "died" in v.reason for v in verdicts)
 
@@ -217,13 +215,16 @@ def test_a_killed_process_costs_one_answer_at_most(grader):
 def test_close_ends_the_processes_and_the_next_answer_starts_them_again():
     grader = Grader(workers=2)
     assert not processes(grader)  # lazy
-    assert grader.grade_all([r"\boxed{2/4}"] * 2, ["0.5"] * 2) == [Verdict(True, "equal by math-verify", "2/4")] * 2
+    assert (
+        grader.grade_all([r"\boxed{\frac{\sqrt{4}}{4}}"] * 2, ["0.5"] * 2)
+        == [Verdict(True, "equal by math-verify", r"\frac{\sqrt{4}}{4}")] * 2
+    )
     started = processes(grader)
     assert started and all(process.poll() is None for process in started)
     grader.close()
     assert all(process.poll() is not None for process in started)
     with grader:
-        assert grader.grade(r"\boxed{2/4}", "0.5").correct is True
+        assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "0.5").correct is True
 
 
 def is_running(pid):
@@ -234,7 +235,7 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc to see which processes run")
-@pytest.mark.parametrize("answer", ["2/4", "10^{10^{10}}"], ids=["idle", "busy"])
+@pytest.mark.parametrize("answer", [r"\frac{\sqrt{4}}{4}", "10^{10^{10}}"], ids=["idle", "busy"])
 def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answer):
     # No __main__ guard: with multiprocessing, each worker would run this script again.
     script = tmp_path / "train.py"
@@ -242,7 +243,7 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
         "import sys, threading, time\n"
         "from capo_rl.grading import Grader\n"
         "grader = Grader(workers=1, deadline=2.0)\n"
-        "grader.grade(r'\\boxed{2/4}', '0.5')\n"
+        "grader.grade(r'\\boxed{\\frac{\\sqrt{4}}{4}}', '0.5')\n"
         f"threading.Thread(target=grader.grade, args=(r'\\boxed{{{answer}}}', '10')).start()\n"
         "time.sleep(0.2)\n"
         "print(*(w._process.pid for w in grader._started), flush=True)\n"
@@ -259,12 +260,10 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
     assert not is_running(pid)
 
 
-def test_a_process_that_cannot_start_is_an_error_not_a_verdict(monkeypatch, tmp_path, capfd):
-    broken = tmp_path / "grading.py"
-    broken.write_text("import no_such_module")
-    monkeypatch.setattr(grading, "__file__", str(broken))
+def test_a_process_that_cannot_start_is_an_error_not_a_verdict(monkeypatch, capfd):
+    monkeypatch.setattr(grading, "_WORKER", "import no_such_module")
     with Grader(workers=1) as grader, pytest.raises(RuntimeError, match="could not start"):
-        grader.grade(r"\boxed{1/2}", "0.5")
+        grader.grade(r"\boxed{\pi/2}", "0.5")
     assert "no_such_module" in capfd.readouterr().err
 
 
@@ -290,9 +289,9 @@ def test_ungradable_gold_answers(grader):
 def test_every_tenth_gold_answer_of_math_equals_itself(grader):
     lines = (DATA / "math_train12k.jsonl").read_text(encoding="utf-8").split("\n")
     golds = [json.loads(line)["answer"] for line in lines[::10] if line]
-    golds = [gold for gold in golds if grading._integer(gold) is None]
-    assert len(golds) > 300
-    assert [gold for gold in golds if not grader._algebra(gold, gold).correct] == []
+    golds = [gold for gold in golds if number(gold) is None]
+    assert len(golds) > 200
+    assert [gold for gold in golds if not grader._algebra(gold, gold, Rule()).correct] == []
 
 
 # --- rewards

@@ -250,8 +250,38 @@ def _why(arms: Arms, path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _controls(arms: Arms, path: Path) -> Path | None:
+    """Every arm of experiments/budget.yaml: how it ended, and what its measurements cost."""
+    names = [name for name in arms if name.startswith("budget ") or ", balanced" in name or name.endswith(" nats")]
+    if not names:
+        return None
+    figure, axes = _figure(2, "Beyond the paper: the aggressive regime under a KL budget, and under other selections")
+    figure.set_size_inches(11, 0.8 + 0.26 * len(names))
+    where = range(len(names))
+    cost = [[run["seconds"]["kl"] / run["seconds"]["total"] for run in arms[name]] for name in names]
+    for each, values, label in (
+        (
+            axes[0],
+            [[_final(run) for run in arms[name]] for name in names],
+            "accuracy at the end (each seed, and the mean)",
+        ),
+        (axes[1], cost, "share of the time spent measuring KL"),
+    ):
+        each.barh(where, [np.mean(value) for value in values], color=PALETTE[0], alpha=0.6)
+        for y, value in zip(where, values, strict=True):
+            each.plot(value, [y] * len(value), ".", color="black", markersize=4)
+        each.set(xlabel=label, xlim=(0, 1.02 if each is axes[0] else None), yticks=where, ylim=(len(names) - 0.5, -0.5))
+        each.set_yticklabels(names if each is axes[0] else [], fontsize=7)
+    return _save(figure, path)
+
+
 RIVALS = ("random", "low_probability", "score_norm", "stapo", "policy_shift")
 RIVAL_ARMS = ("REINFORCE (A)", "ReinCAPO", "ReinCAPO, expected Fisher", *(f"rival: {name}" for name in RIVALS))
+REUSE = (
+    "REINFORCE (A), 5 uses",
+    "ReinCAPO, 5 uses",
+    *(f"5 uses, rival: {name}" for name in ("random", "policy_shift", "total_variation")),
+)
 FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig2": _accuracy("Figures 1 and 2: accuracy against completions", MAIN, logarithmic=True),
     "fig3": _fig3,
@@ -267,6 +297,8 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig10": _accuracy("Figure 10: accuracy against accepted tokens", MAIN, x="capo/accepted_tokens", logarithmic=True),
     "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
     "fig_rivals": _accuracy("Beyond the paper: rival masks on REINFORCE, at ReinCAPO's rejection rate", RIVAL_ARMS),
+    "fig_reuse": _accuracy("Beyond the paper: masks on rollouts that are used five times", REUSE),
+    "fig_controls": _controls,
     "fig_last_layer_share": _last_layer_share,
     "fig_why": _why,
     "fig_learning_rate": _learning_rates,

@@ -1,13 +1,14 @@
 """Grade mathematical answers against a gold answer, without trusting the text that is graded.
 
-math-verify decides equality (https://github.com/huggingface/Math-Verify), in worker processes: it evaluates
-what a model wrote, and a model may write `\\boxed{10^{10^{10}}}`. Each answer has a deadline and each worker
-a memory limit, both kept by the operating system. What cannot be graded is `None`: neither right nor wrong.
+`answers` says what an answer is and when it is right; its algebra runs here, in worker processes, since it
+evaluates what a model wrote, and a model may write `\\boxed{10^{10^{10}}}`. Each answer has a deadline and each
+worker a memory limit, both kept by the operating system. What cannot be graded is `None`: neither right nor wrong.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -15,7 +16,6 @@ import logging
 import math
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -23,21 +23,22 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from pathlib import Path
 from typing import Any
+
+from capo_rl import answers
+from capo_rl.answers import Rule
+from capo_rl.answers import extract_answer as extract_answer
 
 logger = logging.getLogger(__name__)
 
 TIMED_OUT = "timed out"
 
-_TAIL = 16_384  # characters of a completion that are read, from its end: the answer comes last
-_LONGEST_ANSWER = 2_000  # the longest gold answer of MATH has 159 characters
 _MEMORY = 2 << 30  # bytes of address space a worker may have; an idle one has about 0.1 GiB
 _STARTUP = 120.0  # seconds to import sympy, on a machine that is busy with something else
-
-_BEFORE, _AFTER = " \t\r\n$", " \t\r\n$.,;:"  # what may surround an answer without changing it
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_INTEGER = re.compile(r"[+-]?(?:[0-9]{1,300}|[0-9]{1,3}(?:,[0-9]{3}){1,99})")
+# A worker's main program. The package may be known to this process's `sys.path` only; at its end, it hides nothing.
+_WORKER = "import sys; sys.path.append(sys.argv[1]); from capo_rl.grading import _serve; _serve()"
+_TRAINING = Rule()
 
 
 @dataclass(frozen=True)
@@ -54,59 +55,25 @@ class Verdict:
         return None if self.correct is None else float(self.correct)
 
 
-def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}`, or `None`; linear in the length of the text.
-
-    >>> extract_answer(r"First \boxed{1}, no: $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
-    >>> extract_answer(r"so it is $\boxed 2$.")
-    '2'
-    >>> extract_answer(r"cut off: \boxed{\frac{1}{2")
-    """
-    start = None
-    for box in _BOX.finditer(text):
-        start = box.end()
-    if start is None:
-        return None
-    if not text.startswith("{", start):
-        bare = re.compile(r"[^\s$]*").match(text, start)
-        return (bare[0].rstrip(".,;:") if bare else "") or None
-    depth = 0
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is matched with its backslash: 0
-        if depth == 0:
-            return text[start + 1 : brace.start()].strip()
-    return None
-
-
-def _bare(answer: str) -> str:
-    r"""The answer without the dollars, spaces and punctuation around it; `\,` and `\$` stay whole."""
-    answer = answer.lstrip(_BEFORE)
-    bare = answer.rstrip(_AFTER)
-    return answer[: len(bare) + 1] if bare.endswith("\\") else bare
-
-
-def _integer(text: str) -> int | None:
-    return int(text.replace(",", "")) if _INTEGER.fullmatch(text) else None
-
-
-def _quick_verdict(completion: str, gold: str) -> Verdict | str:
+def _quick_verdict(completion: str, gold: str, rule: Rule) -> Verdict | str:
     """The verdict where no algebra is needed, else the answer that math-verify has to look at."""
-    answer = extract_answer(completion[-_TAIL:])
+    text = answers.final_text(completion)
+    text = text[-answers.TAIL :]
+    answer = answers.extract_answer(text)
+    if answer is None and rule.fallbacks:
+        answer = answers.stated_answer(text)
     if answer is None:
-        return Verdict(False, "no boxed answer")
-    bare, bare_gold = _bare(answer), _bare(gold)
-    if not bare:
+        reasoned = len(text) < len(completion) and answers.extract_answer(completion[-answers.TAIL :]) is not None
+        return Verdict(False, "a boxed answer only in the reasoning" if reasoned else "no boxed answer")
+    if not answers.bare(answer):
         return Verdict(False, "empty box", answer)
-    if bare == bare_gold:
-        return Verdict(True, "the same text", answer)
-    number, gold_number = _integer(bare), _integer(bare_gold)
-    if number is not None and gold_number is not None:
-        same = number == gold_number
-        return Verdict(same, "the same integer" if same else "another integer", answer)
-    if len(answer) > _LONGEST_ANSWER:
-        return Verdict(False, f"longer than {_LONGEST_ANSWER} characters", answer[:_LONGEST_ANSWER])
-    return answer
+    if len(answer) > answers.LONGEST_ANSWER and answer != gold:
+        reason = f"longer than {answers.LONGEST_ANSWER} characters"
+        return Verdict(False, reason, answer[: answers.LONGEST_ANSWER])
+    if rule.multiple and answers.squeezed(answer) != answers.squeezed(gold):
+        return answer
+    quick = answers.quick(answer, gold, rule)
+    return Verdict(*quick, answer) if quick else answer
 
 
 class Grader:
@@ -119,8 +86,8 @@ class Grader:
     `RuntimeError` if none can start (say, math-verify is not installed).
 
     >>> with Grader(workers=1) as grader:
-    ...     grader.grade(r"Thus $\boxed{\frac{2}{4}}$.", "0.5")
-    Verdict(correct=True, reason='equal by math-verify', extracted='\\frac{2}{4}')
+    ...     grader.grade(r"Thus $\boxed{\sqrt{2} / 2}$.", r"\frac{1}{\sqrt{2}}")
+    Verdict(correct=True, reason='equal by math-verify', extracted='\\sqrt{2} / 2')
     """
 
     def __init__(self, *, workers: int | None = None, deadline: float = 5.0) -> None:
@@ -136,33 +103,42 @@ class Grader:
         self._started: set[_Worker] = set()
         self._close = weakref.finalize(self, _stop_all, self._started)  # runs at exit as well
 
-    def grade(self, completion: str, gold: str) -> Verdict:
+    def grade(self, completion: str, gold: str, rule: Rule = _TRAINING) -> Verdict:
         """The verdict on one completion."""
-        quick = _quick_verdict(completion, gold)
-        return quick if isinstance(quick, Verdict) else self._algebra(quick, gold)
+        quick = _quick_verdict(completion, gold, rule)
+        return quick if isinstance(quick, Verdict) else self._algebra(quick, gold, rule)
 
-    def grade_all(self, completions: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+    def grade_all(
+        self,
+        completions: Sequence[str],
+        golds: Sequence[str],
+        rules: Sequence[Rule] | None = None,
+        progress: bool = False,
+    ) -> list[Verdict]:
         """The verdicts on all completions, in their order, `workers` at a time.
 
-        Raises `ValueError` if there are not as many gold answers as completions.
+        Raises `ValueError` if there are not as many gold answers, or rules, as completions.
         """
         if len(completions) != len(golds):
             raise ValueError(f"{len(completions)} completions but {len(golds)} gold answers")
+        if rules is None:
+            rules = [_TRAINING] * len(golds)
+        elif len(rules) != len(golds):
+            raise ValueError(f"{len(golds)} gold answers but {len(rules)} rules")
         with ThreadPoolExecutor(self.workers) as threads:
-            return list(threads.map(self.grade, completions, golds))
+            verdicts: Iterable[Verdict] = threads.map(self.grade, completions, golds, rules)
+            return list(_shown(verdicts, len(golds), "grading") if progress else verdicts)
 
-    def ungradable(self, answers: Iterable[str], *, progress: bool = False) -> set[int]:
-        """Positions of the gold answers that are no integers and that math-verify can't parse in time."""
-        answers = list(answers)
-        unknown = {answer for answer in answers if _integer(_bare(answer)) is None}
+    def ungradable(self, golds: Iterable[str], *, progress: bool = False) -> set[int]:
+        """Positions of the gold answers that are no numbers and that math-verify can't parse in time."""
+        golds = list(golds)
+        unknown = {gold for gold in golds if answers.number(gold) is None}
         with ThreadPoolExecutor(self.workers) as threads:
             parsed: Iterable[bool] = threads.map(self._parses, unknown)
             if progress:
-                from tqdm.auto import tqdm
-
-                parsed = tqdm(parsed, total=len(unknown), desc="checking the gold answers", leave=False)
-            bad = {answer for answer, good in zip(unknown, parsed, strict=True) if not good}
-        return {row for row, answer in enumerate(answers) if answer in bad}
+                parsed = _shown(parsed, len(unknown), "checking the gold answers")
+            bad = {gold for gold, good in zip(unknown, parsed, strict=True) if not good}
+        return {row for row, gold in enumerate(golds) if gold in bad}
 
     def close(self) -> None:
         """End the worker processes now."""
@@ -174,8 +150,8 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _algebra(self, answer: str, gold: str) -> Verdict:
-        reply = self._ask({"gold": gold, "answer": answer})
+    def _algebra(self, answer: str, gold: str, rule: Rule) -> Verdict:
+        reply = self._ask({"gold": gold, "answer": answer, "rule": dataclasses.asdict(rule)})
         return Verdict(reply["correct"], reply["reason"], answer)
 
     def _parses(self, gold: str) -> bool:
@@ -196,17 +172,25 @@ class Grader:
             self._slots.put(worker)
 
 
+def _shown(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, desc=what, leave=False)
+
+
 class _Worker:
     """One process that answers questions, one line of JSON each, until its standard input ends.
 
     Not `multiprocessing` (nor a pool on top of it): a spawned child imports the caller's main script again,
-    and a training script without a `__main__` guard would start a second training. Running this file by its
-    path imports neither that script nor torch.
+    and a training script without a `__main__` guard would start a second training. This process imports neither
+    that script nor torch.
     """
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-W", "ignore", "-c", _WORKER, str(Path(__file__).parents[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         if not self._readline():  # the imports are over, and the first deadline can run
             code = self._process.wait()
@@ -268,49 +252,21 @@ def _serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not look like a reply
 
     logging.disable()  # math-verify warns that its own time-outs are off, which is the point
-    _judge({"gold": "1", "answer": r"\frac{1}{2}"})  # imports, and compiles math-verify's patterns
+    # Imports, and compiles math-verify's patterns.
+    answers.judge(r"\frac{\pi}{2}", r"\pi", _TRAINING)
     replies.write("ready\n")
     for line in sys.stdin.buffer:
         question = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, question["deadline"])
         try:
-            correct, reason = _judge(question)
+            if "answer" in question:
+                correct, reason = answers.judge(question["answer"], question["gold"], Rule(**question["rule"]))
+            else:
+                correct, reason = answers.readable(question["gold"]), "whether the gold answer parses"
         except (MemoryError, RecursionError) as error:
             correct, reason = None, f"out of memory ({type(error).__name__})"
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps({"correct": correct, "reason": reason}) + "\n")
-
-
-def _judge(question: dict[str, Any]) -> tuple[bool | None, str]:
-    """math-verify's verdict on an answer or, without an answer, on whether the gold answer parses."""
-    from math_verify import verify
-
-    golds = _parse(question["gold"])
-    known = any(not isinstance(gold, str) for gold in golds)
-    if "answer" not in question:
-        return known, "parses" if known else "does not parse"
-    answers = _parse(question["answer"])
-    for gold, answer in product(golds, answers):
-        try:
-            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                return True, "equal by math-verify"
-        except (MemoryError, RecursionError):
-            raise
-        except Exception:  # sympy can't compare, say, a matrix with an interval: then they differ
-            continue
-    if not known:
-        return None, "the gold answer does not parse"  # other texts may well mean the same
-    return False, "different by math-verify" if answers else "the answer does not parse"
-
-
-def _parse(answer: str) -> list[Any]:
-    """What math-verify reads in an answer: an expression and its text, only the text, or nothing."""
-    from math_verify import LatexExtractionConfig, parse
-
-    # The box and nothing else. By default math-verify goes on to search an answer that it can't parse, and
-    # takes the last fraction or number in it: it reads `\frac{7}{5} + \frac{1}{5} i.`, from MATH, as 1/5.
-    box_only = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    return parse(f"\\boxed{{{_bare(answer)}}}", [box_only], extraction_mode="first_match", parsing_timeout=None)
 
 
 @functools.cache
@@ -423,7 +379,3 @@ def guarded(reward_func: Callable[..., Sequence[Any]]) -> Guarded:
     if inspect.iscoroutinefunction(reward_func):
         raise TypeError(f"{reward_func.__name__} is async: guarded() wraps plain functions only")
     return Guarded(reward_func)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -1,0 +1,497 @@
+r"""What an answer is: where it stands in a completion, and when it equals the reference answer.
+
+Text and numbers are compared here and at once; the rest is algebra, which math-verify decides
+(https://github.com/huggingface/Math-Verify). `grading` runs that algebra in processes that may die. The rules
+follow what the sets' own graders do: several answers in any order and a stated tolerance, from OlympiadBench's
+judge (https://github.com/OpenBMB/OlympiadBench); units, scientific notation and a relative tolerance, from
+Minerva's normalisation in lm-evaluation-harness and from Qwen2.5-Math's evaluation.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+KINDS = {
+    "math": "any expression, compared by algebra",
+    "number": "one number, perhaps with a currency, a unit, or `name =` before it",
+    "integer": "one whole number, without tolerance",
+    "letter": "the letter of a choice",
+}
+
+TAIL = 16_384  # characters of a completion that are read, from its end: the answer comes last
+LONGEST_ANSWER = 2_000  # the longest reference answer of MATH has 159 characters
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an answer is found and compared.
+
+    `kind` is a key of `KINDS`; `multiple`: several answers, in any order. `tolerance` is absolute, as the problem
+    states it. `relative` is for reference answers that are rounded: a relative difference that still counts as
+    equal; without either, decimals have to agree to 6 places (and to 1e-6 of their size, if that is smaller).
+    `unit` is one that may follow the number. With `fallbacks`, a completion without a box may end in `#### 42`,
+    `The answer is 42` or `Answer: 42`.
+
+    Raises `ValueError` for an unknown kind.
+    """
+
+    kind: str = "math"
+    multiple: bool = False
+    tolerance: float | None = None
+    relative: float | None = None
+    unit: str | None = None
+    fallbacks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
+
+
+# --- where the answer is
+
+_BEFORE, _AFTER = " \t\r\n$", " \t\r\n$.,;:"  # what may surround an answer without changing it
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
+_STATED = re.compile(r".*\banswer\b[\s*]*(?:is|:)[\s:*]*(\S.*)$", re.IGNORECASE)
+
+
+def final_text(completion: str) -> str:
+    """What follows the reasoning: the text after the last `</think>`, up to a `<think>` that was never closed.
+
+    >>> final_text("<think>2+2=4</think>It is 4.")
+    'It is 4.'
+    >>> final_text("<think>2+2=4, no wait")
+    ''
+    """
+    return completion.rpartition("</think>")[2].partition("<think>")[0]
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}`, or `None`; linear in the length of the text.
+
+    >>> extract_answer(r"First \boxed{1}, no: $\boxed{\frac{1}{2}}$.")
+    '\\frac{1}{2}'
+    >>> extract_answer(r"so it is $\boxed 2$.")
+    '2'
+    >>> extract_answer(r"cut off: \boxed{\frac{1}{2")
+    """
+    start = None
+    for box in _BOX.finditer(text):
+        start = box.end()
+    if start is None:
+        return None
+    if not text.startswith("{", start):
+        token = re.compile(r"[^\s$]*").match(text, start)
+        return (token[0].rstrip(".,;:") if token else "") or None
+    depth = 0
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped brace is matched with its backslash: 0
+        if depth == 0:
+            return text[start + 1 : brace.start()].strip()
+    return None
+
+
+def stated_answer(text: str) -> str | None:
+    """The answer outside a box: after the last `####` that starts a line, else what the last line says it is.
+
+    >>> stated_answer("3 * 14 = 42\\n#### 42"), stated_answer("Hence:\\n**Answer:** C"), stated_answer("I see 42.")
+    ('42', 'C', None)
+    """
+    if hashes := _HASHES.findall(text):
+        return hashes[-1].strip(" \t\r*")
+    stated = _STATED.match(text.rstrip().rpartition("\n")[2])
+    return stated[1].strip(" \t\r*") if stated else None
+
+
+def bare(answer: str) -> str:
+    r"""The answer without the dollars, spaces and punctuation around it; `\,` and `\$` stay whole."""
+    answer = answer.lstrip(_BEFORE)
+    kept = answer.rstrip(_AFTER)
+    return answer[: len(kept) + 1] if kept.endswith("\\") else kept
+
+
+# --- text
+
+_SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\(?:left|right|displaystyle|quad)(?![A-Za-z])")
+_UNNEEDED_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_TEXT = r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{(?:[^{}]|\{[^{}]*\})*\}"
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{\s*([A-Za-z][A-Za-z ]*[A-Za-z])\s*\}|([A-Za-z]{4,})")
+# Text after a number, with its power. No two parts of this can match the same space: it takes linear time.
+_TEXT_UNIT = re.compile(
+    rf"(?:(?: ?(?:\\cdot|/|\\[,;: ]|~) ?| )?(?:\\mu ?)?{_TEXT}(?:\^(?:\{{-?[0-9]\}}|-?[0-9]))?)+ ?$"
+)
+# Words that are a part of the number, or of a list.
+_NO_UNIT = re.compile(r"hundred|dozen|\bor\b|\band\b|[a-z]\s*\{\s*(?:[0-9.]+|[ei])\s*\}", re.IGNORECASE)
+_STYLED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\{([0-9().,-]+)\}")
+_CHARACTERS = str.maketrans({"−": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "})
+
+
+def squeezed(text: str) -> str:
+    r"""The text without what only changes how it looks.
+
+    >>> squeezed(r"\left( 3,\, \dfrac{\pi}{2} \right)")
+    '(3,\\frac{\\pi}{2})'
+    """
+    text = _SPACING.sub(" ", bare(text).translate(_CHARACTERS))
+    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("{,}", ",")
+    return bare(_UNNEEDED_SPACE.sub("", text))
+
+
+def without_unit(text: str, unit: str | None = None) -> str:
+    r"""The text without a unit behind it that is set as text, and without `unit`; a unit is not checked.
+
+    >>> without_unit(r"864 \text{ inches}^2"), without_unit("45 minutes", "minute"), without_unit(r"\text{east}")
+    ('864', '45', '\\text{east}')
+    """
+    text = re.sub(r"\s+", " ", text)
+    found = _TEXT_UNIT.search(text)
+    if found and text[: found.start()].strip() and not _NO_UNIT.search(found[0]):
+        text = text[: found.start()].rstrip()
+    plain = bare(unit or "").strip()
+    if plain and (ended := re.search(rf"(?<![A-Za-z\\])\s*{re.escape(plain)}s?$", text)) and ended.start():
+        text = text[: ended.start()].rstrip()
+    return text
+
+
+_SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALE = re.compile(rf"(?<=[0-9])[\s~]*(\\(?:text|mathrm|mbox)\s*\{{[\s~]*)?({'|'.join(_SCALES)})s?\b(?(1)[^{{}}]*\}})")
+
+
+def _scaled(text: str) -> str:
+    r"""The text with a power of ten where it says so in words.
+
+    >>> _scaled(r"5 \text{ million}"), _scaled("5 million dollars")
+    ('5\\times 10^{6}', '5\\times 10^{6} dollars')
+    """
+    return _SCALE.sub(lambda found: rf"\times 10^{{{_SCALES[found[2]]}}}", text)
+
+
+def _words(text: str) -> str | None:
+    """The letters of an answer that is words and not mathematics."""
+    found = _WORDS.fullmatch(text)
+    return (found[1] or found[2]).replace(" ", "").casefold() if found else None
+
+
+def letter(text: str) -> str | None:
+    r"""The choice that an answer names, or `None`.
+
+    >>> letter(r"\text{(B)}"), letter("c"), letter("D) 3 eV"), letter("A dog"), letter("А")  # a Cyrillic one
+    ('B', 'C', 'D', None, None)
+    """
+    text = re.sub(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}", r"\1", bare(text)).strip(" *")
+    found = re.fullmatch(r"\(?([A-Za-z])\)?|\(?([A-Za-z])(?:\)|[.:])\s.*", text, re.DOTALL)
+    return (found[1] or found[2]).upper() if found else None
+
+
+# --- numbers
+
+_DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}(?:\.[0-9]{0,300})?|[0-9]{1,300}(?:\.[0-9]{0,300})?|\.[0-9]{1,300})"
+_POWER = r"10\^(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]))"
+_NUMBER = re.compile(
+    rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,3}}))?(?:(?:\\times|\\cdot|\*|x){_POWER})?|{_POWER})"
+)
+_QUOTIENT = re.compile(
+    rf"([+-]?)(?:\\frac(?:\{{(-?{_DECIMAL})\}}|([0-9]))(?:\{{({_DECIMAL})\}}|([0-9]))|({_DECIMAL})/({_DECIMAL}))"
+)
+_CURRENCY = re.compile(r"^([+-]?)(?:\\?\$|€|£|USD\s?)")
+_DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)$|\\degree$")
+_NAME = re.compile(r"^\(?[A-Za-z](?:_(?:\w|\{\w+\}))?(?:, ?[A-Za-z](?:_(?:\w|\{\w+\}))?)*\)?\s*(?:=|\\in(?![A-Za-z]))")
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as it was written: its value, whether it may be rounded, and whether it had a percent sign."""
+
+    value: Fraction
+    decimal: bool = False
+    percent: bool = False
+
+
+def number(text: str) -> Number | None:
+    r"""The number that a text is, exactly, or `None`; what has more than 300 digits is left to algebra.
+
+    >>> number(r"\$1,234.50").value, number(r"4.5 \times 10^{3}").value, number(r"-\frac{1}{2}").value
+    (Fraction(2469, 2), Fraction(4500, 1), Fraction(-1, 2))
+    >>> number("62.5\\%"), number("2k")
+    (Number(value=Fraction(125, 2), decimal=True, percent=True), None)
+    """
+    # Spaces go, but not between digits: `1 2` is no number.
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _DEGREES.sub("", squeezed(text)))
+    text = _CURRENCY.sub(r"\1", _STYLED.sub(r"\1", text))
+    text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)
+    kept = text.removesuffix("%").removesuffix("\\")
+    percent = text.endswith("%")
+    if not percent:
+        kept = text
+    if found := _NUMBER.fullmatch(kept):
+        sign, digits, exponent, *powers = found.groups()
+        value = Fraction((digits or "1").replace(",", "")) * Fraction(10) ** sum(
+            int(power) for power in (exponent, *powers) if power
+        )
+        decimal = bool(exponent) or "." in (digits or "") or (bool(digits) and any(powers))
+    elif found := _QUOTIENT.fullmatch(kept):
+        sign, *rest = found.groups()
+        above, below = [part.replace(",", "") for part in rest if part]
+        if not Fraction(below):
+            return None
+        value = Fraction(above) / Fraction(below)
+        decimal = "." in above.rstrip(".") or "." in below.rstrip(".")
+    else:
+        return None
+    return Number(-value if sign == "-" else value, decimal, percent)
+
+
+def close(a: Any, b: Any, rule: Rule) -> bool:
+    """Whether two numbers, one of which may be rounded, are equal by the rule; they may be sympy's."""
+    scale = max(abs(a), abs(b))
+    if rule.tolerance is not None:
+        return bool(abs(a - b) <= Fraction(str(rule.tolerance)))
+    if rule.relative is not None:
+        return bool(abs(a - b) <= Fraction(str(rule.relative)) * scale)
+    return bool(abs(a - b) <= Fraction(1, 10**6) * min(1, scale))
+
+
+def same_number(a: Number, b: Number, rule: Rule) -> bool:
+    """Whether the numbers are equal; with a percent sign on one side only, 50% is both 50 and 1/2."""
+    pairs = [(a.value, b.value)]
+    if a.percent != b.percent:
+        pairs.append((a.value / 100, b.value) if a.percent else (a.value, b.value / 100))
+    exact = rule.kind == "integer" or (rule.tolerance is None and not (a.decimal or b.decimal))
+    return any(x == y if exact else close(x, y, rule) for x, y in pairs)
+
+
+# --- equality of one answer with one reference answer, as far as no algebra is needed
+
+
+def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
+    r"""The verdict and its reason, or `None` where only algebra can tell.
+
+    >>> quick("1/2", "0.5", Rule()), quick(r"\frac{\pi}{2}", "1.57", Rule())
+    ((True, 'the same number'), None)
+    """
+    if rule.kind == "letter":
+        named = letter(answer)
+        if named is None:
+            return False, "not a letter"
+        return (True, "the same letter") if named == letter(gold) else (False, "another letter")
+    answer, gold = _scaled(answer), _scaled(gold)
+    text, gold_text = squeezed(answer), squeezed(gold)
+    if text == gold_text:
+        return True, "the same text"
+    a, b = _as_number(answer, rule), number(without_unit(gold_text, rule.unit))
+    if a is not None and b is not None:
+        what = (
+            "integer" if not (a.decimal or b.decimal) and a.value.denominator == b.value.denominator == 1 else "number"
+        )
+        return (True, f"the same {what}") if same_number(a, b, rule) else (False, f"another {what}")
+    words, gold_words = _words(text), _words(gold_text)
+    if words is not None and gold_words is not None and "\\" in text[:1] + gold_text[:1]:
+        return (True, "the same words") if words == gold_words else (False, "other words")
+    return None
+
+
+def _as_number(answer: str, rule: Rule) -> Number | None:
+    text = without_unit(bare(answer), rule.unit)
+    if rule.kind != "math":
+        text = bare(text.rpartition("=")[2])  # `m + n = 204`
+        text = re.sub(r"(?<=[0-9}%\s])\s*[A-Za-z][A-Za-z. ]*$", "", text)  # `18 dollars`
+    return number(text)
+
+
+# --- several answers
+
+_THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
+_LISTED = re.compile(r"(?:, ?|\b| )(?:\\(?:text|mathrm) ?\{ ?(?:and|or) ?\}|(?:and|or)\b)|;")
+
+
+def parts(text: str, expected: int | None = None) -> list[str]:
+    r"""The answers of a list, cut at its outer commas, with `\pm` written out.
+
+    Where this doesn't give the `expected` number, commas inside numbers such as `1,350` don't count.
+
+    >>> parts(r"(1,2), (3,4)"), parts(r"x = \pm 2 \text{ or } 5"), parts("2,400, 864", 2)
+    (['(1,2)', '(3,4)'], ['+2', '-2', '5'], ['2400', '864'])
+    """
+    text = re.sub(r"\s+", " ", _SPACING.sub(" ", bare(text).replace("{,}", "").replace(r",\!", "")))
+    text = _NAME.sub("", text, count=1).strip()
+    if text.startswith(r"\{") and text.endswith(r"\}") and text.count(r"\{") == 1:
+        text = text[2:-2]
+    text = _LISTED.sub(", ", text)
+    found = _cut(text)
+    if expected is not None and len(found) != expected:
+        found = _cut(_THOUSANDS.sub(lambda grouped: grouped[0].replace(",", ""), text))
+    return found
+
+
+def _cut(text: str) -> list[str]:
+    pieces, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and character == ",":
+            pieces.append(text[start:at])
+            start = at + 1
+    pieces.append(text[start:])
+    return _expanded([piece for piece in map(bare, pieces) if piece])
+
+
+def _expanded(pieces: list[str]) -> list[str]:
+    both = (
+        [piece.replace(r"\pm", sign).replace("±", sign).replace("+ ", "+").replace("- ", "-") for sign in "+-"]
+        if r"\pm" in piece or "±" in piece
+        else [piece]
+        for piece in pieces
+    )
+    return [_NAME.sub("", piece, count=1).strip() for pair in both for piece in pair]
+
+
+def matched(answers: Sequence[str], golds: Sequence[str], equal: Callable[[str, str], bool]) -> bool:
+    """Whether the answers are the reference answers in some order, each of them once."""
+    if len(answers) != len(golds):
+        return False
+    left = list(answers)
+    for gold in golds:
+        found = next((i for i, answer in enumerate(left) if equal(answer, gold)), None)
+        if found is None:
+            return False
+        del left[found]
+    return True
+
+
+# --- algebra; only a process that may die calls what is below
+
+
+def judge(answer: str, gold: str, rule: Rule) -> tuple[bool | None, str]:
+    """The verdict where `quick` has none: `None` if the reference answer can't be read."""
+    golds = parts(gold) if rule.multiple else [gold]
+    answers = parts(answer, len(golds)) if rule.multiple else [answer]
+    if rule.multiple and len(answers) != len(golds):
+        return False, f"{len(answers)} answers, not {len(golds)}"
+
+    def equal(answer: str, gold: str) -> bool:
+        verdict = quick(answer, gold, rule)
+        return verdict[0] if verdict else _equal(answer, gold, rule)
+
+    if matched(answers, golds, equal):
+        return True, "equal by math-verify"
+    if not all(readable(part) for part in golds):
+        return None, "the gold answer does not parse"  # other texts may well mean the same
+    read = all(_parse(part, not _symbolic(golds[0])) for part in answers)
+    return False, "different by math-verify" if read else "the answer does not parse"
+
+
+def readable(gold: str) -> bool:
+    """Whether a reference answer can be compared with anything but its own text."""
+    return (
+        number(without_unit(squeezed(gold))) is not None
+        or letter(gold) is not None
+        or any(not isinstance(reading, str) for reading in _parse(gold, not _symbolic(gold)))
+    )
+
+
+def _equal(answer: str, gold: str, rule: Rule) -> bool:
+    from math_verify import verify
+
+    units = not _symbolic(gold)
+    for gold_reading in _parse(gold, units):
+        for reading in _parse(answer, units):
+            try:
+                if (_vanishing(reading) and not _vanishing(gold_reading)) or _differ(reading, gold_reading, rule):
+                    continue
+                equal = verify(
+                    gold_reading, reading, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
+                )
+                near = _near(reading, gold_reading, rule)
+            except (MemoryError, RecursionError):
+                raise
+            except Exception:  # sympy can't compare, say, a matrix with an interval: then they differ
+                continue
+            # math-verify rounds to 6 places, which makes 1e-8 equal to 2e-8.
+            rounded = rule.tolerance is not None or rule.relative is not None
+            if (equal and near is not False) or (rounded and near):
+                return True
+    return False
+
+
+def _vanishing(reading: Any) -> bool:
+    """Whether this is an equation like `x + 2y = 0`; math-verify takes the right side for a value, 0."""
+    from sympy import Add, Eq
+
+    return isinstance(reading, Eq) and reading.rhs == 0 and isinstance(reading.lhs, Add)
+
+
+def _differ(a: Any, b: Any, rule: Rule) -> bool:
+    """Whether two expressions have clearly other values where their variables have some: no need to simplify them."""
+    from sympy import Expr, N, Rational, Symbol, UnevaluatedExpr
+
+    if rule.tolerance is not None:
+        return False
+    if any(not isinstance(x, Expr) or isinstance(x, Symbol) or x.has(UnevaluatedExpr) for x in (a, b)):
+        return False
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    point = {symbol: Rational(7 + 3 * i, 5 + i) for i, symbol in enumerate(symbols)}
+    try:
+        x, y = complex(N(a.subs(point))), complex(N(b.subs(point)))
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # an unknown function, or a value without bounds
+        return False
+    return abs(x - y) > max(1e-3 * max(abs(x), abs(y)), 1e-9)  # sums that should be 0 are not, quite
+
+
+def _near(a: Any, b: Any, rule: Rule) -> bool | None:
+    """Whether two values are close, or `None` if they aren't both real numbers without a percent sign."""
+    from sympy import Expr, N, UnevaluatedExpr
+
+    if not all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in (a, b)):
+        return None
+    a, b = N(a.doit(), 30), N(b.doit(), 30)
+    if not (a.is_Float or a.is_Rational) or not (b.is_Float or b.is_Rational):
+        return None
+    return close(a, b, rule)
+
+
+def _symbolic(gold: str) -> bool:
+    """Whether letters in a reference answer are variables: then `6m` is not 6 metres."""
+    text = re.sub(_TEXT, "", gold)
+    return bool(re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+
+
+@functools.lru_cache(maxsize=4096)  # a benchmark compares many samples with the same reference answer
+def _parse(answer: str, units: bool) -> list[Any]:
+    """What math-verify reads in an answer: an expression and its text, only the text, or nothing."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse
+
+    # The box and nothing else. By default math-verify goes on to search an answer that it can't parse, and
+    # takes the last fraction or number in it: it reads `\frac{7}{5} + \frac{1}{5} i.`, from MATH, as 1/5.
+    normalization = NormalizationConfig(
+        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    box_only = LatexExtractionConfig(
+        boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
+    )
+    return parse(f"\\boxed{{{_latex(answer)}}}", [box_only], extraction_mode="first_match", parsing_timeout=None)
+
+
+def _latex(answer: str) -> str:
+    r"""The answer in the LaTeX that math-verify reads.
+
+    >>> _latex(r"np.arcsin(10/13)"), _latex(r"y^{\prime}+\frac{d v}{d t}")
+    ('\\arcsin(10/13)', '\\dot{y}+\\dot{v}')
+    """
+    answer = without_unit(_scaled(bare(answer.translate(_CHARACTERS))))
+    answer = re.sub(r"\\dot\s+([A-Za-z])", r"\\dot{\1}", answer)
+    # A product: math-verify takes `3 (1/3)` for a mixed number.
+    answer = re.sub(r"(?<![_^.0-9])([0-9]+)\s*(?=(?:\\left)?\()", r"\1 \\cdot ", answer)
+    answer = re.sub(r"\bnp\.", r"\\", answer)  # MinervaMath has Python in one reference answer
+    answer = re.sub(r"^[a-z](?=\([^()\[\]]*\]$)", "", answer)  # OlympiadBench has an interval `t(0,4]`
+    answer = re.sub(r"_(?:\\odot|\{\\odot\})", "_{o}", answer)
+    answer = re.sub(r"_\{\\(max|min) *\}", r"_{\1}", answer)
+    answer = re.sub(r"(?<![A-Za-z\\])E(?=_)", r"\\varepsilon", answer)  # an energy; E alone is Euler's number
+    answer = re.sub(r"\\frac\{d ?([A-Za-z])\}\{d ?[xt]\}", r"\\dot{\1}", answer)  # one symbol for a derivative
+    return re.sub(r"([A-Za-z])(?:'|\^\{?\\prime\}?)(?!')", r"\\dot{\1}", answer)
