@@ -217,18 +217,23 @@ def _learning_rates(arms: Arms, path: Path) -> Path | None:
 
 def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     """How much of each update's KL the last layer carries, by its own second-order prediction."""
-    names = [name for name in dict.fromkeys((*MAIN, *BUDGETS)) if name in arms]
-    if not names:
+    shares: dict[str, list[float]] = {}
+    for name in [name for name in MAIN if name in arms] or sorted(arms):
+        # under a budget the prediction is of the step that was proposed, the measurement of what was left of it
+        runs = [run for run in arms[name] if "capo_kl_budget" not in run["settings"]]
+        pairs = [pair for run in runs for pair in _pairs(run, "capo/kl/predicted", "capo/kl/measured")]
+        # below 1e-7 nats the measured KL is rounding
+        share = [predicted / measured for predicted, measured in pairs if predicted and measured > 1e-7]
+        if share:
+            shares[name] = share
+    if not shares:
         return None
     figure, axes = _figure(1, "The last layer's predicted share of each update's KL")
-    shares = []
-    for name in names:
-        pairs = [pair for run in arms[name] for pair in _pairs(run, "capo/kl/predicted", "capo/kl/measured")]
-        # below 1e-7 nats the measured KL is rounding
-        shares.append([predicted / measured for predicted, measured in pairs if predicted and measured > 1e-7])
-    axes[0].boxplot(shares, tick_labels=names, whis=(5, 95), sym="")
-    axes[0].set(yscale="log", ylabel="predicted / measured")
-    axes[0].tick_params(axis="x", rotation=20, labelsize=7)
+    figure.set_size_inches(7, 1.2 + 0.24 * len(shares))
+    axes[0].boxplot(list(shares.values()), tick_labels=list(shares), whis=(5, 95), sym="", orientation="horizontal")
+    axes[0].set(xscale="log", xlabel="predicted / measured")
+    axes[0].tick_params(axis="y", labelsize=7)
+    axes[0].invert_yaxis()
     return _save(figure, path)
 
 
@@ -239,40 +244,47 @@ def _why(arms: Arms, path: Path) -> Path | None:
     if not conditions:
         return None
     figure, axes = _figure(1, "Why: the aggressive regime with one thing changed")
+    figure.set_size_inches(7, 1 + 0.34 * len(conditions))
     for at, method in enumerate(("GRPO", "CAPO")):
         final = [[_final(run) for run in arms[f"{method}, {condition}"]] for condition in conditions]
         where = np.arange(len(conditions)) + 0.36 * (at - 0.5)
-        axes[0].bar(where, [np.mean(values) for values in final], 0.34, color=PALETTE[at], alpha=0.6, label=method)
-        for x, values in zip(where, final, strict=True):
-            axes[0].plot([x] * len(values), values, ".", color="black", markersize=4)
-    axes[0].set_xticks(range(len(conditions)), conditions, rotation=20, fontsize=7)
-    axes[0].set(ylabel="accuracy at the end (each seed, and the mean)", ylim=(-0.02, 1.02))
+        axes[0].barh(where, [np.mean(values) for values in final], 0.34, color=PALETTE[at], alpha=0.6, label=method)
+        for y, values in zip(where, final, strict=True):
+            axes[0].plot(values, [y] * len(values), ".", color="black", markersize=4)
+    axes[0].set_yticks(range(len(conditions)), conditions, fontsize=7)
+    axes[0].set(xlabel="accuracy at the end (each seed, and the mean)", xlim=(-0.02, 1.02))
+    axes[0].invert_yaxis()
     return _save(figure, path)
 
 
-def _controls(arms: Arms, path: Path) -> Path | None:
-    """Every arm of experiments/budget.yaml: how it ended, and what its measurements cost."""
-    names = [name for name in arms if name.startswith("budget ") or ", balanced" in name or name.endswith(" nats")]
-    if not names:
-        return None
-    figure, axes = _figure(2, "Beyond the paper: the aggressive regime under a KL budget, and under other selections")
-    figure.set_size_inches(11, 0.8 + 0.26 * len(names))
-    where = range(len(names))
-    cost = [[run["seconds"]["kl"] / run["seconds"]["total"] for run in arms[name]] for name in names]
-    for each, values, label in (
-        (
-            axes[0],
-            [[_final(run) for run in arms[name]] for name in names],
-            "accuracy at the end (each seed, and the mean)",
-        ),
-        (axes[1], cost, "share of the time spent measuring KL"),
-    ):
-        each.barh(where, [np.mean(value) for value in values], color=PALETTE[0], alpha=0.6)
-        for y, value in zip(where, values, strict=True):
-            each.plot(value, [y] * len(value), ".", color="black", markersize=4)
-        each.set(xlabel=label, xlim=(0, 1.02 if each is axes[0] else None), yticks=where, ylim=(len(names) - 0.5, -0.5))
-        each.set_yticklabels(names if each is axes[0] else [], fontsize=7)
-    return _save(figure, path)
+def _bars(
+    title: str, chosen: Callable[[str], bool], other: str, figure_of: Callable[[dict[str, Any]], float], scale: str
+) -> Callable[[Arms, Path], Path | None]:
+    """A figure with how each of the chosen arms ended, and beside it another figure of the run."""
+
+    def draw(arms: Arms, path: Path) -> Path | None:
+        names = [name for name in arms if chosen(name)]
+        if not names:
+            return None
+        figure, axes = _figure(2, title)
+        figure.set_size_inches(11, 0.9 + 0.26 * len(names))
+        where = range(len(names))
+        for each, of, label in (
+            (axes[0], _final, "accuracy at the end (each seed, and the mean)"),
+            (axes[1], figure_of, other),
+        ):
+            values = [[of(run) for run in arms[name]] for name in names]
+            each.barh(where, [np.mean(value) for value in values], color=PALETTE[0], alpha=0.6)
+            for y, value in zip(where, values, strict=True):
+                each.plot(value, [y] * len(value), ".", color="black", markersize=4)
+            each.set(xlabel=label, yticks=where, ylim=(len(names) - 0.5, -0.5))
+        axes[0].set(xlim=(0, 1.02))
+        axes[0].set_yticklabels(names, fontsize=7)
+        axes[1].set(xscale=scale)
+        axes[1].set_yticklabels([])
+        return _save(figure, path)
+
+    return draw
 
 
 RIVALS = ("random", "low_probability", "score_norm", "stapo", "policy_shift")
@@ -298,7 +310,20 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
     "fig_rivals": _accuracy("Beyond the paper: rival masks on REINFORCE, at ReinCAPO's rejection rate", RIVAL_ARMS),
     "fig_reuse": _accuracy("Beyond the paper: masks on rollouts that are used five times", REUSE),
-    "fig_controls": _controls,
+    "fig_controls": _bars(
+        "Beyond the paper: the aggressive regime under a KL budget, and under other selections",
+        lambda name: name.startswith("budget ") or ", balanced" in name or name.endswith(" nats"),
+        "share of the time spent measuring KL",
+        lambda run: run["seconds"]["kl"] / run["seconds"]["total"],
+        "linear",
+    ),
+    "fig_regime": _bars(
+        "Where the mask holds: SGD, larger batches, and the head alone",
+        lambda name: name.startswith(("SGD, ", "64 completions, ", "head only, ")),
+        "largest KL of an update, nats a token",
+        lambda run: max(_finite(run["curves"]["capo/kl/measured"])),
+        "log",
+    ),
     "fig_last_layer_share": _last_layer_share,
     "fig_why": _why,
     "fig_learning_rate": _learning_rates,
