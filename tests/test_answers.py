@@ -48,6 +48,19 @@ def grader():
         ("It is 42.", None),
         ("My answers: 42", None),
         ("The answer is", None),
+        ("The answer is: ", None),
+        ("The answer is 5, so the answer is:", None),
+        ("The answer isn't 5", None),
+        ("The answer is **42**.", "42."),
+        ("#### **42**", "42"),
+        ("The answer is 2 ** 3", "2 ** 3"),
+        ("Final Answer: The final answer is $x=3$. I hope it is correct.", "$x=3$."),  # Minerva's prompt
+        ("The answer is $2.5.$ So that is it", "$2.5."),
+        ("The answer is $x^2$, which is even", "$x^2$"),
+        ("The answer is 5 because x = 3", "5"),
+        ("The answer is 13, but we need more", "13, but we need more"),
+        (r"The answer is \(3\).", "3"),
+        (r"The answer is \(1\) and \(2\)", r"\(1\) and \(2\)"),
         ("see ####", None),
         ("", None),
     ],
@@ -93,6 +106,14 @@ def test_fallbacks_are_for_the_rules_that_ask_for_them():
         assert grader.grade(text, "4") == Verdict(False, "no boxed answer")
         assert grader.grade(text, "4", Rule(fallbacks=True)).correct is True
     assert grader.grade("\\boxed{5}\n#### 4", "4", Rule(fallbacks=True)).correct is False  # the box comes first
+
+
+def test_an_empty_box_hides_no_stated_answer():
+    grader = Grader()
+    text = "I put it within \\boxed{}.\nThe answer is 4."  # as a model repeats the question
+    assert grader.grade(text, "4", Rule(fallbacks=True)).correct is True
+    assert grader.grade(text, "4") == Verdict(False, "empty box", "")
+    assert grader.grade("\\boxed{}", "4", Rule(fallbacks=True)) == Verdict(False, "empty box", "")
 
 
 @pytest.mark.parametrize("unit", ["answer is ", "####", "answer", "answer*", "****", "\n####", "<think>", "</think>"])
@@ -239,11 +260,33 @@ def test_quick(answer, gold, rule, correct):
     assert verdict is not None and verdict[0] is correct, verdict
 
 
+@pytest.mark.parametrize("kind", ["number", "integer"])
+def test_words_that_change_a_number_are_no_unit(grader, kind):
+    for answer in ("5 or six", "5 and a half", "5 dozen", "5 hundred", "5 but not yet", "5, but", "5, x", "5, 6"):
+        assert grader.grade(f"\\boxed{{{answer}}}", "5", Rule(kind)).correct is False, answer
+    for answer in ("5 dollars", "$5$ dollars", "5% more", "5 men and women", "4 + 1 = 5 inches"):
+        assert grader.grade(f"\\boxed{{{answer}}}", "5", Rule(kind)).correct is True, answer
+
+
+@pytest.mark.parametrize("filler", [" ", ". ", ".$", "**", ", ", r"\(", r"\)", "a", ", which"])
+def test_a_stated_answer_is_found_in_linear_time(filler):
+    text = "The answer is 5" + filler * (1_000_000 // len(filler)) + "x"
+    start = time.process_time()
+    stated_answer(text)
+    assert time.process_time() - start < 3
+
+
 @pytest.mark.parametrize(
     ("answer", "gold"), [("x+1", "1+x"), (r"\frac{\pi}{2}", "1.57"), ("(1,2)", "(1,3)"), ("6", "6m"), ("1 2", "12")]
 )
 def test_quick_leaves_algebra_alone(answer, gold):
     assert quick(answer, gold, Rule()) is None
+
+
+def test_a_space_after_a_comma_makes_a_list():
+    assert number("32, 349") is None
+    assert number(r"32,\! 349") == number("32,349") == number("32349")
+    assert quick("32349", "32, 349", Rule()) is None
 
 
 def test_an_unknown_kind_is_an_error():

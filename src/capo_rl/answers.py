@@ -57,7 +57,11 @@ class Rule:
 _BEFORE, _AFTER = " \t\r\n$", " \t\r\n$.,;:"  # what may surround an answer without changing it
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
-_STATED = re.compile(r".*\banswer\b[\s*]*(?:is|:)[\s:*]*(\S.*)$", re.IGNORECASE)
+_STATED = re.compile(r"\banswer\b[\s*]*(?:is\b|:)[\s:*]*", re.IGNORECASE)
+# Where what is stated ends before its line does: at a sentence, or at a clause that only explains it.
+_STATED_END = re.compile(r"(?<=[.!?])\$*\s+(?=[A-Z])|(?<!\s),?\s+(?:because|since|which|where)\b")
+_BOLD_END = re.compile(r"(?<=[^\s*])\*\*(?=[\s.,;:]|$)")
+_DELIMITED = re.compile(r"\\[(\[]((?:(?!\\[()\[\]]).)*)\\[)\]][.,;:]?")
 
 
 def final_text(completion: str) -> str:
@@ -101,11 +105,19 @@ def stated_answer(text: str) -> str | None:
 
     >>> stated_answer("3 * 14 = 42\\n#### 42"), stated_answer("Hence:\\n**Answer:** C"), stated_answer("I see 42.")
     ('42', 'C', None)
+    >>> stated_answer("The answer is $2$. I hope it is correct."), stated_answer("The answer is 4, but it may be 5.")
+    ('$2$.', '4, but it may be 5.')
     """
     if hashes := _HASHES.findall(text):
-        return hashes[-1].strip(" \t\r*")
-    stated = _STATED.match(text.rstrip().rpartition("\n")[2])
-    return stated[1].strip(" \t\r*") if stated else None
+        answer = hashes[-1]
+    else:
+        _, *stated = _STATED.split(text.rstrip().rpartition("\n")[2])
+        answer = stated[-1] if stated else ""
+        if ended := _STATED_END.search(answer):
+            answer = answer[: ended.start()]
+    answer = _BOLD_END.sub("", answer).strip(" \t\r*")
+    delimited = _DELIMITED.fullmatch(answer)
+    return (delimited[1].strip() if delimited else answer) or None
 
 
 def bare(answer: str) -> str:
@@ -127,6 +139,7 @@ _TEXT_UNIT = re.compile(
 )
 # Words that are a part of the number, or of a list.
 _NO_UNIT = re.compile(r"hundred|dozen|\bor\b|\band\b|[a-z]\s*\{\s*(?:[0-9.]+|[ei])\s*\}", re.IGNORECASE)
+_NO_UNIT_WORDS = re.compile(r"hundred|dozen|\b(?:half|or|and an?|but|not)\b", re.IGNORECASE)
 _STYLED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\{([0-9().,-]+)\}")
 _CHARACTERS = str.maketrans({"−": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "})
 
@@ -195,6 +208,7 @@ _POWER = r"10\^(?:\{([+-]?[0-9]{1,3})\}|([+-]?[0-9]))"
 _NUMBER = re.compile(
     rf"([+-]?)(?:({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,3}}))?(?:(?:\\times|\\cdot|\*|x){_POWER})?|{_POWER})"
 )
+_LIST_OF_TWO = re.compile(r"[0-9],[\s~]+[0-9]")  # `32, 349`, not 32349; but `32,\! 349` is
 _QUOTIENT = re.compile(
     rf"([+-]?)(?:\\frac(?:\{{(-?{_DECIMAL})\}}|([0-9]))(?:\{{({_DECIMAL})\}}|([0-9]))|({_DECIMAL})/({_DECIMAL}))"
 )
@@ -220,6 +234,8 @@ def number(text: str) -> Number | None:
     >>> number("62.5\\%"), number("2k")
     (Number(value=Fraction(125, 2), decimal=True, percent=True), None)
     """
+    if _LIST_OF_TWO.search(text):
+        return None
     # Spaces go, but not between digits: `1 2` is no number.
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _DEGREES.sub("", squeezed(text)))
     text = _CURRENCY.sub(r"\1", _STYLED.sub(r"\1", text))
@@ -283,7 +299,7 @@ def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
     text, gold_text = squeezed(answer), squeezed(gold)
     if text == gold_text:
         return True, "the same text"
-    a, b = _as_number(answer, rule), number(without_unit(gold_text, rule.unit))
+    a, b = _as_number(answer, rule), number(without_unit(gold, rule.unit))
     if a is not None and b is not None:
         what = (
             "integer" if not (a.decimal or b.decimal) and a.value.denominator == b.value.denominator == 1 else "number"
@@ -299,7 +315,9 @@ def _as_number(answer: str, rule: Rule) -> Number | None:
     text = without_unit(bare(answer), rule.unit)
     if rule.kind != "math":
         text = bare(text.rpartition("=")[2])  # `m + n = 204`
-        text = re.sub(r"(?<=[0-9}%\s])\s*[A-Za-z][A-Za-z. ]*$", "", text)  # `18 dollars`
+        words = re.search(r"(?<=[0-9}%$])\s*[A-Za-z][A-Za-z. ]*$", text)  # `18 dollars`
+        if words and not _NO_UNIT_WORDS.search(words[0]):
+            text = text[: words.start()]
     return number(text)
 
 

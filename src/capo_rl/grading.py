@@ -60,8 +60,8 @@ def _quick_verdict(completion: str, gold: str, rule: Rule) -> Verdict | str:
     text = answers.final_text(completion)
     text = text[-answers.TAIL :]
     answer = answers.extract_answer(text)
-    if answer is None and rule.fallbacks:
-        answer = answers.stated_answer(text)
+    if rule.fallbacks and not answers.bare(answer or ""):  # an empty box repeats the question
+        answer = answers.stated_answer(text) or answer
     if answer is None:
         reasoned = len(text) < len(completion) and answers.extract_answer(completion[-answers.TAIL :]) is not None
         return Verdict(False, "a boxed answer only in the reasoning" if reasoned else "no boxed answer")
