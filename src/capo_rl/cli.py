@@ -94,6 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("--out", metavar="FILE", default="report.html", help="the page to write (default: %(default)s)")
     report.set_defaults(run=_report)
 
+    explain = commands.add_parser(
+        "explain",
+        help="one HTML page about a step: which tokens were rejected, and why",
+        description="Show the completions of one step token by token: their shifts, which were rejected, and by which "
+        "bound. The run must have been trained with capo_tokens_every.",
+    )
+    explain.add_argument("folder", metavar="RUN", help="the folder of a run")
+    explain.add_argument("--step", type=int, metavar="N", help="which step (default: the last that was recorded)")
+    explain.add_argument(
+        "--out", metavar="FILE", default="explain.html", help="the page to write (default: %(default)s)"
+    )
+    explain.set_defaults(run=_explain)
+
     options = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
@@ -207,6 +220,12 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.folder, options.out))
 
 
+def _explain(options: argparse.Namespace) -> None:
+    from capo_rl.explain import write_explanation
+
+    print(write_explanation(options.folder, options.step, options.out))
+
+
 def _show(summary: dict[str, Any], folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -313,6 +332,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.records": "RunFolderError",
         "capo_rl.bench": "BenchError",
         "capo_rl.report": "ReportError",
+        "capo_rl.explain": "ExplainError",
         "capo_rl.benchmarks": "BenchmarkError",
         "capo_rl.evaluate": "EvaluationError",
     }

@@ -140,6 +140,13 @@ class CAPOConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "The share of a micro-batch's completions on which KL is measured."},
     )
+    capo_tokens_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Record what each token of every n-th step got, for `capo explain`: shifts, verdict, log pi. Of "
+            "several processes the main one records its share. null: never."
+        },
+    )
 
     @property
     def thresholds(self) -> Thresholds:
@@ -161,6 +168,14 @@ class CAPOConfig(GRPOConfig):
             raise ValueError(
                 f"capo_kl_every={self.capo_kl_every} must be at least 1, or null for the steps that are logged"
             )
+        if self.capo_tokens_every is not None:
+            if self.capo_tokens_every < 1:
+                raise ValueError(f"capo_tokens_every={self.capo_tokens_every} must be at least 1, or null for never")
+            if self.capo_mode == "off":
+                raise ValueError(
+                    "capo_tokens_every records what selection makes of tokens, and capo_mode='off' looks at none: use "
+                    "capo_mode='monitor', which changes nothing"
+                )
         if not 0 < self.capo_kl_sample <= 1:
             raise ValueError(f"capo_kl_sample={self.capo_kl_sample} is a share of the completions: give it in (0, 1]")
         if self.capo_fisher_nats is not None and not self.capo_fisher_nats > 0:

@@ -39,7 +39,15 @@ TARGET = 0.9
 STANDARD, TUNED = "GRPO standard", "GRPO tuned"
 MAIN = (STANDARD, TUNED, "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO")
 STEP_MODELS = ("CAPO", "CAPO, SGD", "Dr.CAPO", "Dr.CAPO, SGD", "ReinCAPO", "ReinCAPO, SGD")
-BUDGETS = ("GRPO (A)", "CAPO", "GRPO (A), KL budget 3e-4", "CAPO, KL budget 3e-4")
+BUDGETS = (
+    "GRPO (A)",
+    TUNED,
+    "GRPO (A), KL budget 3e-4, next learning rate",
+    "GRPO (A), KL budget 1e-4",
+    "GRPO (A), KL budget 3e-4",
+    "GRPO (A), KL budget 1e-4, predicted",
+    "CAPO, KL budget 1e-4",
+)
 
 
 def draw_results(folder: str | Path) -> list[Path]:
@@ -432,7 +440,7 @@ def _times_fewer(reference: CompletionsToTarget | None, mine: CompletionsToTarge
 
 def _table1(arms: Arms, path: Path) -> Path | None:
     rows = []
-    for name in ("CAPO", "ReinCAPO", "CAPO, KL budget 3e-4"):
+    for name in ("CAPO", "ReinCAPO", "CAPO, KL budget 1e-4", "GRPO (A), KL budget 3e-4, next learning rate"):
         runs = arms.get(name, [])
         if not runs:
             continue

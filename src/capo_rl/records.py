@@ -3,6 +3,7 @@
 run.json        the settings that differ from their defaults, and the versions of the libraries
 metrics.jsonl   one JSON object a logged step (docs/metrics.md)
 summary.json    written when the run is over
+tokens/         with capo_tokens_every: what each token of a step got (`tokens`)
 curves.png
 checkpoint-N/   weights, optimizer, step model, random states
 """

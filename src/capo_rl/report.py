@@ -58,11 +58,11 @@ def _run_page(folder: Path) -> str:
     over = (folder / "summary.json").is_file()
     summary = _read(folder / "summary.json") if over else summarize(entries)
     rows = [(name, value) for name, value in summary.items() if name not in record]
-    return _page(
+    return html_page(
         f"Run {folder.resolve().name}",
         f"1 run of capo train: {entries[-1]['step']} steps{'' if over else ' so far, and not over'}.",
         Section("figures", "Curves", _curves(entries)),
-        Section("summary", "Summary", _table(("metric", "value"), rows)),
+        Section("summary", "Summary", html_table(("metric", "value"), rows)),
         Section("settings", "Settings", _values("setting", [record["settings"]])),
         Section("versions", "Versions", _values("library", [record["versions"]])),
     )
@@ -83,12 +83,12 @@ def _results_page(folder: Path) -> str:
     note = "Reward: smoothed, at the last step; mean ± standard error over seeds."
     figures = [(_id(path.stem), _figure(path)) for path in _in_order(folder.glob("figures/*.svg"))]
     tables = [_read_table(path) for path in _in_order(folder.glob("tables/*.json"))]
-    return _page(
+    return html_page(
         f"Results of {bench}",
         f"Runs of capo bench {bench}: {len(runs)}, in {len(arms)} arms.",
         Section("figures", "Figures", "".join(body for _, body in figures), [name for name, _ in figures]),
         Section("tables", "Tables", "".join(body for _, body in tables), [name for name, _ in tables]),
-        Section("arms", "Arms", _table(("arm", "seeds", "reward", *apart), rows, note=note)),
+        Section("arms", "Arms", html_table(("arm", "seeds", "reward", *apart), rows, note=note)),
         Section("settings", "Settings of all runs", _values("setting", settings, [n for n in names if n not in apart])),
         Section(
             "versions",
@@ -210,16 +210,16 @@ def _read_table(path: Path) -> tuple[str, str]:
     table = _read(path, "name", "title", "columns", "rows")
     name = _id(table["name"])
     caption = f"<caption><b>{escape(table['name'])}</b> {escape(table['title'])}</caption>"
-    return name, _table(table["columns"], table["rows"], name, caption, table.get("note") or "")
+    return name, html_table(table["columns"], table["rows"], name, caption, table.get("note") or "")
 
 
 def _values(kind: str, records: Sequence[Mapping[str, Any]], names: Iterable[str] | None = None) -> str:
     """A table of what records say, by name: one value where they agree, and all of them where they don't."""
     names = dict.fromkeys(name for record in records for name in record) if names is None else names
-    return _table((kind, "value"), [(name, ", ".join(_distinct(records, name))) for name in names])
+    return html_table((kind, "value"), [(name, ", ".join(_distinct(records, name))) for name in names])
 
 
-def _table(
+def html_table(
     columns: Iterable[str], rows: Iterable[Iterable[Any]], name: str = "", caption: str = "", note: str = ""
 ) -> str:
     """A table in a frame that scrolls where the screen is narrow."""
@@ -242,8 +242,8 @@ def _cell(value: Any) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def _page(title: str, about: str, *sections: Section) -> str:
-    """The whole page, with the sections that have something to show."""
+def html_page(title: str, about: str, *sections: Section, style: str = "") -> str:
+    """The whole page, with the sections that have something to show; `style` is added to the report's own."""
     shown = [section for section in sections if section.body]
     ids = [name for section in shown for name in (section.id, *section.parts)]
     if twice := {name for name in ids if ids.count(name) > 1}:
@@ -261,7 +261,7 @@ def _page(title: str, about: str, *sections: Section) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{style}</style>
 </head>
 <body>
 <h1>{escape(title)}</h1>

@@ -41,6 +41,7 @@ from capo_rl.planner import MicroBatch, Planner
 from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation
+from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import CONTROLS, shorten_momentum
 
 STATE_FILE = "capo_state.safetensors"
@@ -85,6 +86,7 @@ class CAPOTrainer(GRPOTrainer):
         self._forwards: list[Callable[[nn.Module], Any]] = []
         self._token_masks: list[Tensor] = []
         self._samples: list[Tensor] = []
+        self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
         self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
         self._finite = True  # whether the gradient of the coming step is
@@ -120,9 +122,12 @@ class CAPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         local = len(inputs)
         first = self.accelerator.process_index * local
+        weights = self.reward_weights.to(self._rewards_per_func.device)
+        rewards = (self._rewards_per_func * weights).nansum(dim=1)  # a completion without a reward gets 0
+        if self.args.capo_tokens_every is not None:
+            missing = self._rewards_per_func.isnan().all(dim=1)
+            output["capo_reward"] = rewards.where(~missing, math.nan)[first : first + local]
         if self.args.capo_advantage == "reward":
-            weights = self.reward_weights.to(self._rewards_per_func.device)
-            rewards = (self._rewards_per_func * weights).nansum(dim=1)  # a completion without a reward gets 0
             output["advantages"] = rewards[first : first + local]
             for _ in range(len(rewards)):
                 self._logs["advantages"].pop()
@@ -168,6 +173,8 @@ class CAPOTrainer(GRPOTrainer):
             logps, entropies, aux_loss = score(model)
         self._select(model, inputs, mask, hidden[0], logps)
         self._remember(score, mask)
+        if self.args.capo_tokens_every is not None:
+            self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
 
     def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
@@ -330,10 +337,20 @@ class CAPOTrainer(GRPOTrainer):
             self._ratio.update(figures["capo/kl/measured"], self._global_mean(tokens[1]))
             figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
             figures["capo/kl/seconds"] = time.perf_counter() - start
+        self._record_tokens(planner)
         self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
         self._token_masks.clear()
         self._samples.clear()
+
+    def _record_tokens(self, planner: Planner) -> None:
+        """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
+        args, step = self.args, self.state.global_step
+        every = args.capo_tokens_every
+        if every is not None and step % every == 0 and self.is_world_process_zero():
+            judged_by = {"mode": args.capo_mode, "granularity": args.capo_granularity}
+            write_step(args.output_dir, step_tokens(step, planner, self._rollouts, **judged_by))
+        self._rollouts.clear()
 
     def _remember(self, score: partial[Any], mask: Tensor) -> None:
         """Keep what it takes to run a micro-batch's forward again, on the sample of its completions to be measured."""
@@ -447,6 +464,10 @@ class _AroundTheStep(TrainerCallback):
 
     def __init__(self, trainer: CAPOTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.capo_tokens_every is not None and state.is_world_process_zero:
+            rewind_steps(args.output_dir, state.global_step)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._before_step()
