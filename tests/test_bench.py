@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capo_rl.bench import CURVES, BenchError, read_bench, read_results, run_bench, slug
+from capo_rl.bench import CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
 from capo_rl.figures import FIGURES, MAIN, TABLES, draw_results
 from capo_rl.recipe import read_recipe
 
@@ -108,6 +108,19 @@ def test_runs_that_have_a_result_are_not_run_again(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(RuntimeError, match="1 of 1 runs failed; the first was broken, seed 1"):
         run_bench(bench, tmp_path, seeds=1, only=["broken"], workers=1)
+
+
+def test_a_part_of_the_quick_form_of_the_main_comparison(tmp_path):
+    bench = quick(read_bench(EXPERIMENTS / "main.yaml"), steps=2)
+    arms = ["GRPO (A)", "CAPO, KL budget 1e-4", "5 uses, rival: total_variation"]
+    run_bench(bench, tmp_path, only=arms)
+    results = {result["arm"]: result["curves"] for result in read_results(tmp_path / "main-quick")}
+    assert sorted(results) == sorted(arms)
+    assert [curves["step"] for curves in results.values()] == [[1], [1, 2], [1, 2]]  # steps with fresh rollouts
+    assert max(results["CAPO, KL budget 1e-4"]["capo/kl/measured"]) <= 1e-4
+    assert (tmp_path / "main-quick" / "tables" / "methods.md") in [
+        path.with_suffix(".md") for path in draw_results(tmp_path / "main-quick")
+    ]
 
 
 def made_up(arm: str, seed: int, final: float) -> dict:
