@@ -128,7 +128,8 @@ def _accuracy(
     def draw(arms: Arms, path: Path) -> Path | None:
         if not any(name in arms for name in names):
             return None
-        columns = 2 if x == "capo/completions" else 1
+        tested = any(run["test"]["accuracy"] for name in names for run in arms.get(name, []))
+        columns = 2 if x == "capo/completions" and tested else 1
         figure, axes = _figure(columns, title)
         _band(axes[0], arms, names, "reward", x, smoothed=True)
         axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
