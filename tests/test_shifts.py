@@ -114,8 +114,8 @@ def test_batch_adam_step_is_the_step_torch_takes(updates):
     layer = last_layer(batch.hidden, batch.logits, batch.actions)
     gradient = row_gradient(layer, batch.advantages / len(layer))
     dense = torch.zeros_like(batch.weight)
-    dense[gradient.rows] = gradient.columns(slice(0, 3))
-    planned = step.plan(dense, torch.arange(5), slice(0, 3))
+    dense[gradient.rows] = gradient.part(slice(0, len(gradient.rows)))
+    planned = step.plan(dense, torch.arange(5))
     taken = reference.optimizer_step(
         batch.weight,
         reference.gradient(batch.weight, batch.hidden, batch.actions, batch.advantages, 1.0),

@@ -4,8 +4,8 @@ recipe: quickstart.yaml            the recipe that all arms share, a path beside
 common: {learning_rate: 5e-4}      fields of the recipe for all arms
 seeds: [11, 12, 13, 14, 15]
 test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
-arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `train_only` names
-                                   the weights that learn, by a regular expression
+arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `train_only` is
+                                   a regular expression for the names of the weights that learn
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each

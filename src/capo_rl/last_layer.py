@@ -7,12 +7,12 @@ state and these few numbers; W itself is never read.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 2**18}
@@ -22,6 +22,12 @@ _TILE_ELSEWHERE = 2**24
 def tile_elements(device: torch.device) -> int:
     """How many elements a temporary may have on `device`."""
     return _TILE.get(device.type, _TILE_ELSEWHERE)
+
+
+def tiles(tokens: int, k: int, d: int, budget: int) -> tuple[int, int]:
+    """How many tokens and how many columns fit in [block, k, width] of `budget` elements."""
+    width = max(1, min(d, budget // max(1, k)))
+    return max(1, min(tokens, budget // max(1, k * width))), width
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,35 +191,47 @@ def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows
 
 @dataclass(frozen=True)
 class RowGradient:
-    """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few columns at a time.
+    """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few rows at a time.
 
-    rows [P]       the vocabulary row of each pair of `SupportRows`
-    weights [P, N] sparse, w_i u_ij: the gradient is weights @ hidden
+    rows [P]         the vocabulary row of each pair of `SupportRows`
+    start [P + 1]    where each pair begins among the entries
+    tokens [N·k]     the token i of each entry, and values [N·k], its w_i u_ij
     hidden [N, d]
     """
 
     rows: Tensor
-    weights: Tensor
+    start: Tensor
+    tokens: Tensor
+    values: Tensor
     hidden: Tensor
 
-    def columns(self, dims: slice) -> Tensor:
-        """The gradient's columns `dims`, [P, width]."""
-        return self.weights @ self.hidden[:, dims].to(self.weights.dtype)
+    def part(self, pairs: slice) -> Tensor:
+        """The gradient at some of the pairs, [P', d]."""
+        start = self.start[pairs.start : pairs.stop + 1]
+        entries = slice(int(start[0]), int(start[-1]))
+        # A bag of tokens for each row: on a CPU several times as fast as a product with a sparse matrix.
+        return functional.embedding_bag(
+            self.tokens[entries],
+            self.hidden.to(self.values.dtype),
+            start - start[0],
+            mode="sum",
+            per_sample_weights=self.values[entries],
+            include_last_offset=True,
+        )
 
 
 def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = None) -> RowGradient:
     """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
 
     weights [N]; `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
-    entries a subset; this keeps the N·k weights and lets the caller take columns.
+    entries a subset; this keeps the N·k weights and lets the caller take a few rows.
     """
     rows = support_rows(layer) if rows is None else rows
-    tokens, k = layer.support.shape
-    values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()
-    with warnings.catch_warnings():
-        # torch says once a process that its CSR layout is in beta and that it does not check what is built here
-        warnings.filterwarnings("ignore", message="Sparse")
-        matrix = torch.sparse_csr_tensor(
-            rows.start, rows.order // max(1, k), values[rows.order], (len(rows.rows), tokens)
-        )
-    return RowGradient(rows.rows, matrix, layer.hidden)
+    values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()[rows.order]
+    return RowGradient(rows.rows, rows.start, rows.order // max(1, layer.support.shape[1]), values, layer.hidden)
+
+
+def blocks(length: int, size: int, first: int = 0) -> Iterator[slice]:
+    """The numbers from `first` to `length` in slices of at most `size`."""
+    for start in range(first, length, size):
+        yield slice(start, min(start + size, length))

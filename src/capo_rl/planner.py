@@ -26,7 +26,7 @@ from capo_rl.last_layer import (
     support_rows,
 )
 from capo_rl.selection import Thresholds, balanced, select
-from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_direction
+from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import describe, missing_mass, rejections
 
@@ -102,7 +102,7 @@ class Planner:
                     for at, chunk in logit_chunks(logits, len(hidden))
                 ]
             )
-            shifts = shifts_along(token_direction(layer, advantages, self.step), layer, advantages, self.fisher)
+            shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
             if self.rule is not None:
                 before = layer.log_pi_a if sampled_log_pi is None else sampled_log_pi
                 keep = self.rule(layer, advantages, shifts, before) & ~shifts.nonfinite

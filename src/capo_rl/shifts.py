@@ -23,9 +23,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from capo_rl.kernels import uses_triton
+from capo_rl.kernels.adam_shifts import adam_shifts
 from capo_rl.last_layer import (
     LastLayer,
     SupportRows,
+    blocks,
     check_tokens,
     compute_dtype,
     last_layer,
@@ -37,9 +40,6 @@ from capo_rl.last_layer import (
 from capo_rl.step import AdamStep, SGDStep
 
 FISHERS = ("sampled", "expected")
-
-# A product of matrices does this many times the work of a gather of rows in the same time.
-_DENSE = 32
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,26 @@ def token_shifts(
             )
         else:
             layer = last_layer(hidden[tokens], chunk, actions[tokens], temperature=temperature, top_k=top_k)
-            shifts = shifts_along(token_direction(layer, advantages[tokens], step), layer, advantages[tokens], fisher)
+            shifts = token_shifts_of(layer, advantages[tokens], step, fisher)
         parts.append(shifts)
     return Shifts.cat(parts) if parts else _no_shifts(hidden)
+
+
+def token_shifts_of(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep, fisher: str = "sampled") -> Shifts:
+    """`token_shifts` for a last layer that is already at hand."""
+    if isinstance(step, AdamStep) and uses_triton(layer.hidden) and layer.u.dtype == torch.float32:
+        s, variance = adam_shifts(
+            advantages,
+            layer.u,
+            layer.pi,
+            layer.missing_mass,
+            layer.hidden,
+            step.slots(layer.support),
+            *step.storage(layer.hidden.shape[1], layer.u),
+            step.planned,
+        )
+        return _token_shifts(s, variance / layer.temperature**2, advantages.to(s.dtype), layer.missing_mass, fisher)
+    return shifts_along(token_direction(layer, advantages, step), layer, advantages, fisher)
 
 
 def subset_shifts(
@@ -160,19 +177,8 @@ def subset_shifts_of(
 
 def token_direction(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep) -> Tensor:
     """v = U h on the support [N, k], for the step U that each token alone would take."""
-    tokens, k = layer.support.shape
-    d = layer.hidden.shape[1]
     score = advantages.to(layer.u.dtype)[:, None] * layer.u  # g = score hᵀ
-    v = torch.zeros_like(layer.u)
-    block, width = _tiles(tokens, k, d, tile_elements(v.device))
-    for first in range(0, tokens, block):
-        some = slice(first, first + block)
-        for start in range(0, d, width):
-            dims = slice(start, start + width)
-            h = layer.hidden[some, dims].to(v.dtype)
-            step_rows = step.plan(score[some, :, None] * h[:, None, :], layer.support[some], dims)
-            v[some] += (step_rows @ h[:, :, None]).squeeze(2)
-    return v
+    return step.direction(score, layer.hidden, layer.support)
 
 
 def subset_direction(
@@ -183,26 +189,21 @@ def subset_direction(
     weights [N]: A / |b| gives Eq. 7; the loss's own weights give the update that the optimizer is about to make.
     `rows`: the subsets' rows, by default those of one subset of all tokens.
     """
-    tokens, k = layer.support.shape
-    d = layer.hidden.shape[1]
+    k, d = layer.support.shape[1], layer.hidden.shape[1]
     rows = support_rows(layer) if rows is None else rows
     gradient = row_gradient(layer, weights, rows)
-    v = torch.zeros_like(layer.u)
-    budget = tile_elements(v.device)
-    # One tile holds the step of every pair, [P, width]; the tokens then read it in blocks, [block, k, width].
-    width = max(1, min(d, budget // max(1, len(gradient.rows))))
-    block, _ = _tiles(tokens, k, width, budget)
-    for start in range(0, d, width):
-        dims = slice(start, start + width)
-        step_rows = step.plan(gradient.columns(dims), gradient.rows, dims)
-        for first in range(0, tokens, block):
-            some = slice(first, first + block)
-            h = layer.hidden[some, dims].to(v.dtype)
-            if len(rows.rows) <= _DENSE * k:
-                v[some] += (h @ step_rows.T).gather(1, rows.pair[some])
-            else:
-                v[some] += (step_rows[rows.pair[some]] @ h[:, :, None]).squeeze(2)
-    return v
+    v = torch.zeros_like(layer.u).flatten()
+    pair = rows.pair.flatten()
+    # A tile holds the step of some pairs, and then, a tile at a time, their tokens: whole rows, which are read fastest.
+    size = max(1, tile_elements(v.device) // max(1, d))
+    for pairs in blocks(len(rows.rows), size):
+        step_rows = step.plan(gradient.part(pairs), gradient.rows[pairs])
+        for some in blocks(int(rows.start[pairs.stop]), size, first=int(rows.start[pairs.start])):
+            entries = rows.order[some]
+            h = layer.hidden.index_select(0, entries // k).to(v.dtype)
+            u_h = step_rows.index_select(0, pair[entries] - pairs.start).mul_(h).sum(-1)
+            v[entries] = u_h.to(v.dtype)
+    return v.view_as(layer.u)
 
 
 def shifts_along(v: Tensor, layer: LastLayer, advantages: Tensor, fisher: str = "sampled") -> Shifts:
@@ -267,12 +268,6 @@ def _token_shifts(s: Tensor, c: Tensor, advantages: Tensor, missing_mass: Tensor
         c=c,
         missing_mass=missing_mass,
     )
-
-
-def _tiles(tokens: int, k: int, d: int, budget: int) -> tuple[int, int]:
-    """How many tokens and how many columns fit in [block, k, width] of `budget` elements."""
-    width = max(1, min(d, budget // max(1, k)))
-    return max(1, min(tokens, budget // max(1, k * width))), width
 
 
 def _check_fisher(fisher: str) -> None:
