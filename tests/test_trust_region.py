@@ -97,7 +97,7 @@ def walk(control: LearningRate, sharpness: list[float], predicted: float = 1.0) 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
     measured = []
     for kl in sharpness:
-        control.before_step(optimizer, predicted)
+        control.before_step(optimizer, predicted * control.scale**2)  # as planned: with the scale of the last step
         measured.append(kl * (optimizer.param_groups[0]["lr"] / 2.0) ** 2)
         control.after_optimizer(optimizer)
         assert optimizer.param_groups[0]["lr"] == 2.0

@@ -175,12 +175,12 @@ class LearningRate:
         self._lrs: list[float] = []
 
     def before_step(self, optimizer: Optimizer, predicted: float) -> None:
-        """`predicted`: of the coming step at the learning rate times `scale`, nats a token."""
+        """`predicted`: of the coming step in nats a token, planned with the `scale` of the last one."""
+        whole = predicted / self.scale**2  # at the schedule's own learning rate
         if self.predict:
-            whole = predicted * self.ratio.value
-            self.scale = min(1.0, math.sqrt(_AIM * self.budget / whole)) if whole > 0 else 1.0
-            predicted *= self.scale**2
-        self._predicted = predicted
+            kl = whole * self.ratio.value
+            self.scale = min(1.0, math.sqrt(_AIM * self.budget / kl)) if kl > 0 else 1.0
+        self._predicted = whole * self.scale**2
         self._lrs = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.scale
