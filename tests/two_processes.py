@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
 from datasets import Dataset
 
 from capo_rl import CAPOConfig, CAPOTrainer
@@ -26,7 +27,10 @@ def main(folder: str, settings: dict) -> None:
     trainer.train()
     weights = {name: weight.detach().double().sum().item() for name, weight in trainer.model.named_parameters()}
     kl = [{name: each[name] for name in each if name.startswith("capo/kl/")} for each in figures]
-    print("RESULT", json.dumps({"rank": trainer.accelerator.process_index, "weights": weights, "kl": kl}))
+    print("RESULT", json.dumps({"rank": trainer.accelerator.process_index, "weights": weights, "kl": kl}), flush=True)
+    # gloo's threads outlive a process that ends without this, and abort it
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
