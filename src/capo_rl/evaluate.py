@@ -36,7 +36,7 @@ from capo_rl.generation import (
     seed_of,
 )
 from capo_rl.grading import TIMED_OUT, Grader
-from capo_rl.records import versions, write_json
+from capo_rl.records import versions, write_json, written_whole
 from capo_rl.statistics import (
     bootstrap_interval,
     paired_bootstrap,
@@ -436,9 +436,8 @@ def regrade(folder: str | Path) -> Regraded:
             for (_, answer), verdict in zip(pairs, verdicts, strict=True):
                 answer |= dataclasses.asdict(verdict)
             after += [verdict.correct for verdict in verdicts]
-            unfinished = folder / f"{name}.tmp"
-            unfinished.write_bytes(b"".join(map(_encoded, lines)))
-            os.replace(unfinished, folder / f"{name}.jsonl")
+            with written_whole(folder / f"{name}.jsonl") as unfinished:
+                unfinished.write_bytes(b"".join(map(_encoded, lines)))
         write_json(folder / "summary.json", summarize(evaluation))
     changes = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
     now_right = sum(new is True for _, new in changes)

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,15 @@ def _entries(path: Path) -> Metrics:
 
 def write_json(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a JSON file whole or not at all."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(_json(content, indent) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write what is to become `path`: it takes that name when the block is over, and never half of it does."""
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(_json(content, indent) + "\n", encoding="utf-8")
+    yield unfinished
     os.replace(unfinished, path)
 
 

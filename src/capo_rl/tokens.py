@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from capo_rl.records import written_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,10 +135,9 @@ def write_step(run: str | Path, tokens: StepTokens) -> Path:
     """Write a step's tokens into a run's folder, whole or not at all; a step that is there already is replaced."""
     path = Path(run) / FOLDER / f"step-{tokens.about['step']:06d}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
     arrays = {name: np.ascontiguousarray(getattr(tokens, name)) for name in _ARRAYS}
-    save_file(arrays, unfinished, metadata={"about": json.dumps(tokens.about, allow_nan=False)})
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        save_file(arrays, unfinished, metadata={"about": json.dumps(tokens.about, allow_nan=False)})
     return path
 
 

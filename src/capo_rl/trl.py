@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ from capo_rl.grading import guarded
 from capo_rl.last_layer import tile_elements
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
+from capo_rl.records import written_whole
 from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation
@@ -334,7 +334,8 @@ class CAPOTrainer(GRPOTrainer):
         elif measure:
             figures = {"capo/kl/measured": measure_kl()}
         if tokens is not None:
-            self._ratio.update(figures["capo/kl/measured"], self._global_mean(tokens[1]))
+            if self.args.capo_fisher_nats is not None:  # else nobody asks, and the mean is a reduction over processes
+                self._ratio.update(figures["capo/kl/measured"], self._global_mean(tokens[1]))
             figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
             figures["capo/kl/seconds"] = time.perf_counter() - start
         self._record_tokens(planner)
@@ -418,13 +419,12 @@ class CAPOTrainer(GRPOTrainer):
             for i, inputs in enumerate(self._buffered_inputs):
                 tensors |= {f"rollout.{i}.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
         path = Path(output_dir) / STATE_FILE
-        unfinished = path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            unfinished,
-            metadata={"counters": json.dumps(counters)},
-        )
-        os.replace(unfinished, path)
+        with written_whole(path) as unfinished:
+            save_file(
+                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+                unfinished,
+                metadata={"counters": json.dumps(counters)},
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
