@@ -1,9 +1,11 @@
-"""A training step of TRL's GRPO beside one of CAPO: off, monitor, and mask, in turn.
+"""A training step of TRL's GRPO beside one of CAPO: off, monitor, and mask, taking turns step by step.
 
-    python benchmarks/step.py recipes/quickstart.yaml [--steps 12] [--rounds 3] [--set dataset_name=FILE ...]
+    python benchmarks/step.py recipes/quickstart.yaml [--steps 30] [--threads 1] [--set dataset_name=FILE ...]
 
 Thresholds are open and there is no budget, so all of them make the same updates on the same completions (bit for bit,
-tests/test_trl.py): what differs is the work. Prints medians and ratios, and writes results/step/RECIPE.json.
+tests/test_trl.py): what differs is the work. Each trainer lives in a thread of its own and only one of them moves at
+a time, one step each, so that what else the machine does hits all alike. Prints
+the ratios of paired steps, by the clock and in processor time, and writes results/step/RECIPE.json.
 """
 
 from __future__ import annotations
@@ -11,103 +13,159 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import tempfile
+import threading
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl.grading import accuracy_reward
 from capo_rl.recipe import read_recipe
 from capo_rl.records import versions, write_json
+from capo_rl.statistics import bootstrap_interval
 from capo_rl.train import make_trainer
 
 # KL is measured at the steps that are logged: TRL's default, every tenth.
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None, "capo_kl_budget": None}
+TRL = "TRL's GRPOTrainer"
 MODES: dict[str, dict[str, Any] | None] = {
-    "TRL's GRPOTrainer": None,
+    TRL: None,
     "CAPO, off": {"capo_mode": "off"},
     "CAPO, monitor": {"capo_mode": "monitor", "capo_kl_every": 10},
     "CAPO, mask": {"capo_mode": "mask", "capo_kl_every": 10},
     "CAPO, mask, KL of every step": {"capo_mode": "mask", "capo_kl_every": 1},
 }
+WARM_UP = 2  # steps that fill caches and moments
 
 
-class Clock(TrainerCallback):
-    """Seconds of each step."""
+class Turn(TrainerCallback):
+    """One trainer in its thread: moves one step for each `move`, and keeps the seconds of each."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.start = 0.0
+    def __init__(self, trainer: GRPOTrainer) -> None:
+        self.clock: list[float] = []
+        self.processor: list[float] = []
+        self._mine, self._over = threading.Semaphore(0), threading.Semaphore(0)
+        self._failed: BaseException | None = None
+        self._random = _random_state()
+        self.trainer = trainer
+        trainer.add_callback(self)
+        threading.Thread(target=self._train, daemon=True).start()
+
+    def move(self) -> None:
+        """Let the trainer take a step, and wait until it has."""
+        self._mine.release()
+        self._over.acquire()
+        if self._failed is not None:
+            raise self._failed
+
+    def rewards(self) -> list[float]:
+        """What it logged of its completions, to compare."""
+        return [log["reward"] for log in self.trainer.state.log_history if "reward" in log]
+
+    def _train(self) -> None:
+        try:
+            self._wait()
+            self.trainer.train()
+        except BaseException as error:
+            self._failed = error
+        self._over.release()
+
+    def _wait(self) -> None:
+        self._mine.acquire()
+        _set_random_state(self._random)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self._start = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.clock.append(time.perf_counter() - self._start[0])
+        self.processor.append(time.process_time() - self._start[1])
+        self._random = _random_state()
+        self._over.release()
+        self._wait()
 
 
-def steps(recipe_file: Path, mode: dict[str, Any] | None, overrides: dict[str, Any], count: int) -> list[float]:
-    """The seconds of each of `count` steps, the first two left out, which warm caches up."""
+def _random_state() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (what trainers draw from)
+
+
+def _set_random_state(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    torch.set_rng_state(state[2])
+
+
+def make(recipe_file: Path, mode: dict[str, Any] | None, overrides: dict[str, Any], count: int, folder: str) -> Turn:
+    """The trainer of one mode, about to take `count` steps and as many as warm up."""
     shared = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as folder:
-        fixed = {"output_dir": f"{folder}/run", "max_steps": count + 2, "save_strategy": "no", "disable_tqdm": True}
-        fields = shared | overrides | OPEN | (mode or {}) | fixed
-        (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
-        recipe = read_recipe(f"{folder}/recipe.yaml")
-        trainer: GRPOTrainer
-        trainer, _ = make_trainer(recipe)
-        if mode is None:
-            known = GRPOConfig.__dataclass_fields__.keys()
-            trainer = GRPOTrainer(
-                model=trainer.model,
-                reward_funcs=accuracy_reward,
-                args=GRPOConfig(**{name: getattr(recipe.training, name) for name in fields if name in known}),
-                train_dataset=trainer.train_dataset,
-                processing_class=trainer.processing_class,
-            )
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
-    return clock.seconds[2:]
+    fixed = {"output_dir": f"{folder}/run", "max_steps": count + WARM_UP, "save_strategy": "no", "disable_tqdm": True}
+    fields = shared | overrides | OPEN | (mode or {}) | fixed
+    (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(fields), encoding="utf-8")
+    recipe = read_recipe(f"{folder}/recipe.yaml")
+    trainer: GRPOTrainer
+    trainer, _ = make_trainer(recipe)
+    if mode is None:
+        known = GRPOConfig.__dataclass_fields__.keys()
+        trainer = GRPOTrainer(
+            model=trainer.model,
+            reward_funcs=accuracy_reward,
+            args=GRPOConfig(**{name: getattr(recipe.training, name) for name in fields if name in known}),
+            train_dataset=trainer.train_dataset,
+            processing_class=trainer.processing_class,
+        )
+    set_seed(recipe.training.seed)
+    return Turn(trainer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time a step of TRL against one of CAPO.")
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1, help="more than one makes processor time count waiting")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override the recipe")
     options = parser.parse_args()
     overrides = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in options.set)}
+    torch.set_num_threads(options.threads)
 
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for turn in range(options.rounds):
-        once = {mode: steps(options.recipe, fields, overrides, options.steps) for mode, fields in MODES.items()}
-        base = sum(once["TRL's GRPOTrainer"])
-        for mode, taken in once.items():
-            seconds[mode] += taken
-            ratios[mode].append(sum(taken) / base)
-        print(
-            f"round {turn + 1}:", ", ".join(f"{mode} {values[-1]:.3f}" for mode, values in ratios.items()), flush=True
+    with tempfile.TemporaryDirectory() as folder:
+        turns = {mode: make(options.recipe, fields, overrides, options.steps, folder) for mode, fields in MODES.items()}
+        order = list(turns.values())
+        for step in range(options.steps + WARM_UP):
+            for turn in order:
+                turn.move()
+            order = order[1:] + order[:1]  # none always comes first
+            print(f"step {step + 1}:", ", ".join(f"{turn.clock[-1]:.2f}" for turn in turns.values()), "s", flush=True)
+    rewards = {mode: turn.rewards() for mode, turn in turns.items()}
+    if any(of != rewards[TRL] for of in rewards.values()):
+        raise SystemExit("the modes did not get the same rewards, so they did different work: compare no times")
+
+    rows = []
+    print(f"{'':30s} {'seconds a step':>15s} {'over TRL by the clock':>28s} {'in processor time':>25s}")
+    for mode, turn in turns.items():
+        row: dict[str, Any] = {"mode": mode}
+        for unit in ("clock", "processor"):
+            seconds, base = getattr(turn, unit)[WARM_UP:], getattr(turns[TRL], unit)[WARM_UP:]
+            ratios = [mine / its for mine, its in zip(seconds, base, strict=True)]
+            row[unit] = {
+                "seconds a step, median": median(seconds),
+                "over TRL, mean": mean(ratios),
+                "95 % interval": bootstrap_interval([ratios], statistic=lambda x: float(x.mean())),
+                "over TRL, each step": ratios,
+            }
+        rows.append(row)
+        clock, processor = (
+            "{:.3f} [{:.3f}, {:.3f}]".format(row[unit]["over TRL, mean"], *row[unit]["95 % interval"])
+            for unit in ("clock", "processor")
         )
-    rows = [
-        {
-            "mode": mode,
-            "seconds a step, median": median(seconds[mode]),
-            "over TRL, median": median(ratios[mode]),
-            "over TRL, each round": ratios[mode],
-        }
-        for mode in MODES
-    ]
-    for row in rows:
-        print(f"{row['mode']:30s} {row['seconds a step, median']:8.3f} s   {row['over TRL, median']:.3f}")
+        print(f"{mode:30s} {row['clock']['seconds a step, median']:15.3f} {clock:>28s} {processor:>25s}")
     path = Path("results/step", f"{options.recipe.stem}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"

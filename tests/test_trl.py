@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     seen = {}
 
     def full_log_policy():
-        forward, mask = trainer._forwards[0], trainer._token_masks[0]
+        forward, mask = trainer._forwards[0].run, trainer._forwards[0].mask
         ids, length = forward.keywords["input_ids"], mask.shape[1]
         logits = trainer.model(input_ids=ids, attention_mask=forward.keywords["attention_mask"]).logits
         return (logits[:, :-1][:, -length:][mask] / trainer.args.temperature).log_softmax(-1).detach()
@@ -160,11 +161,11 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     trainer.add_callback(Watch(lambda: seen.update(before=full_log_policy())))
     measure = trainer._after_step
 
-    def after_step(measure_it):
+    def after_step():
         seen["after"] = full_log_policy()
-        measure(measure_it)
+        measure()
 
-    trainer._after_step = lambda measure: after_step(measure)
+    trainer._after_step = after_step
     (entry,) = logs(trainer)
     kl = (seen["before"].exp() * (seen["before"] - seen["after"])).sum(-1).mean()
     assert entry["capo/kl/measured"] == pytest.approx(float(kl), rel=1e-4)
@@ -449,8 +450,8 @@ def test_a_loss_that_ignores_the_mask_raises(build):
 
 def test_hidden_states_that_are_not_those_of_the_loss_raise(build):
     trainer = build(**SOME)
-    project = trainer._project
-    trainer._project = lambda model, hidden: (2 * logits for logits in project(model, hidden))
+    head = trainer._head
+    trainer._head = lambda model: replace(head(model), scale=2.0)
     with pytest.raises(RuntimeError, match="differ from the loss's"):
         trainer.train()
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from capo_rl.processes import Processes
+
 # Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 2**18}
 _TILE_ELSEWHERE = 2**24
@@ -130,22 +132,41 @@ def last_layer(
     """
     vocabulary = logits.shape[-1]
     z = logits.to(compute_dtype(logits.dtype)) / temperature
-    log_normaliser = z.logsumexp(-1, keepdim=True)
-    log_pi_a = (z.gather(1, actions[:, None]) - log_normaliser).squeeze(1)
-    if top_k is None or top_k >= vocabulary:
-        support = torch.arange(vocabulary, device=z.device).expand(len(z), -1)
-        pi = (z - log_normaliser).exp_()
-        is_action = support == actions[:, None]
+    k = vocabulary if top_k is None else min(top_k, vocabulary)
+    whole = k == vocabulary
+    if whole:
+        top, support = z, torch.arange(vocabulary, device=z.device).expand(len(z), -1)
+    else:
+        top, support = z.topk(k, dim=-1, sorted=False)
+    z_action = z.gather(1, actions[:, None]).squeeze(1)
+    return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole)
+
+
+def on_support(
+    hidden: Tensor,
+    support: Tensor,
+    top: Tensor,
+    z_action: Tensor,
+    log_normaliser: Tensor,
+    actions: Tensor,
+    temperature: float,
+    whole: bool,
+) -> LastLayer:
+    """The last layer from the logits over T at the likeliest rows, at the action, and log Σ exp of them all.
+
+    support and top [N, k]: the k likeliest rows, or with `whole` all of them, and their logits; the others [N].
+    """
+    pi = (top - log_normaliser[:, None]).exp_()
+    is_action = support == actions[:, None]
+    if whole:
         # Over the whole vocabulary what is left is rounding, not missing mass.
         missing_mass = pi.new_zeros(len(pi))
     else:
-        top, support = z.topk(top_k, dim=-1, sorted=False)
-        repeated = (support == actions[:, None]).any(-1, keepdim=True)
+        repeated = is_action.any(-1, keepdim=True)
+        pi_action = (z_action - log_normaliser).exp_()[:, None].where(~repeated, 0)
         support = torch.cat([support, actions[:, None]], dim=-1)
-        pi = (torch.cat([top, z.gather(1, actions[:, None])], dim=-1) - log_normaliser).exp_()
-        counted = torch.cat([torch.ones_like(top, dtype=torch.bool), ~repeated], dim=-1)
-        pi = pi.where(counted, 0)
-        is_action = (support == actions[:, None]) & counted
+        pi = torch.cat([pi, pi_action], dim=-1)
+        is_action = torch.cat([is_action, ~repeated], dim=-1)
         missing_mass = (1 - pi.sum(-1)).clamp(min=0)
     # 1 − π_a as the mass of all others: for a token that is almost certain the difference would be all rounding.
     others = pi.where(~is_action, 0).sum(-1) + missing_mass
@@ -155,7 +176,7 @@ def last_layer(
         pi=pi,
         u=torch.where(is_action, others[:, None], -pi) / temperature,
         missing_mass=missing_mass,
-        log_pi_a=log_pi_a,
+        log_pi_a=z_action - log_normaliser,
         temperature=temperature,
     )
 
@@ -167,12 +188,27 @@ class SupportRows:
     rows [P]      the vocabulary row of each (subset, row) pair that some token of the subset supports
     pair [N, k]   which pair a token's support entry belongs to
     order [N·k]   the support entries sorted by pair, and start [P + 1], where each pair begins among them
+    processes     whose tokens these are: this one's own (None), or its share of those of several
     """
 
     rows: Tensor
     pair: Tensor
     order: Tensor
     start: Tensor
+    processes: Processes | None = None
+
+    def over(self, processes: Processes) -> SupportRows:
+        """The rows of one subset of tokens that is spread over several processes; those of others have no entry here.
+
+        Collective, and so is every `RowGradient.part` on what it returns.
+        """
+        if processes.count == 1:
+            return self
+        rows = processes.union(self.rows)
+        at = torch.searchsorted(rows, self.rows)
+        counts = self.start.new_zeros(len(rows)).index_copy_(0, at, self.start.diff())
+        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return SupportRows(rows, at[self.pair], self.order, start, processes)
 
 
 def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows:
@@ -197,6 +233,7 @@ class RowGradient:
     start [P + 1]    where each pair begins among the entries
     tokens [N·k]     the token i of each entry, and values [N·k], its w_i u_ij
     hidden [N, d]
+    processes        over which the sum over i runs; None for this one alone
     """
 
     rows: Tensor
@@ -204,9 +241,14 @@ class RowGradient:
     tokens: Tensor
     values: Tensor
     hidden: Tensor
+    processes: Processes | None = None
 
     def part(self, pairs: slice) -> Tensor:
         """The gradient at some of the pairs, [P', d]."""
+        own = self._own(pairs)
+        return own if self.processes is None else self.processes.total(own)
+
+    def _own(self, pairs: slice) -> Tensor:
         start = self.start[pairs.start : pairs.stop + 1]
         entries = slice(int(start[0]), int(start[-1]))
         # A bag of tokens for each row: on a CPU several times as fast as a product with a sparse matrix.
@@ -228,7 +270,8 @@ def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = N
     """
     rows = support_rows(layer) if rows is None else rows
     values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()[rows.order]
-    return RowGradient(rows.rows, rows.start, rows.order // max(1, layer.support.shape[1]), values, layer.hidden)
+    tokens = rows.order // max(1, layer.support.shape[1])
+    return RowGradient(rows.rows, rows.start, tokens, values, layer.hidden, rows.processes)
 
 
 def blocks(length: int, size: int, first: int = 0) -> Iterator[slice]:

@@ -7,28 +7,32 @@ really put on each token (`MicroBatch.weights`), then the clipping factor (`comm
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from capo_rl.divergence import measured_kl
+from capo_rl.head import Head
 from capo_rl.last_layer import (
     LastLayer,
-    SupportRows,
     check_tokens,
     last_layer,
     logit_chunks,
     row_gradient,
     support_rows,
 )
+from capo_rl.processes import Processes
 from capo_rl.selection import Thresholds, balanced, select
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.telemetry import describe, missing_mass, rejections
+from capo_rl.telemetry import describe as shift_figures
+from capo_rl.telemetry import missing_mass, rejections
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,9 @@ class Planner:
 
     Between two calls of `commit` (or `skip`) the micro-batches of one step are collected: for each token its hidden
     state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
+
+    Each of several `processes` plans its own tokens. Moments and figures are those of all tokens together, and so is
+    the decision to skip: `rejects_everything`, `commit`, `skip` and `measured_kl` are collective.
     """
 
     def __init__(
@@ -69,8 +76,10 @@ class Planner:
         fisher: str = "sampled",
         max_missing_mass: float = 1.0,
         balance: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.step, self.thresholds = step, thresholds
+        self.processes = processes or Processes()
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
         self.max_missing_mass, self.balance = max_missing_mass, balance
         self.rule: Rule | None = None
@@ -84,7 +93,7 @@ class Planner:
     def plan(
         self,
         hidden: Tensor,
-        logits: Tensor | Iterable[Tensor],
+        logits: Tensor | Iterable[Tensor] | Head,
         actions: Tensor,
         advantages: Tensor,
         subsets: Tensor | None = None,
@@ -92,16 +101,17 @@ class Planner:
     ) -> MicroBatch:
         """Predict every token's shift and accept or reject it; `subsets` [n] makes whole subsets stand or fall.
 
-        Arguments as for `shifts.token_shifts`; `sampled_log_pi` [n] where the rollouts are those of an earlier policy.
+        Arguments as for `shifts.token_shifts`, or in place of the logits the `Head` that makes them; `sampled_log_pi`
+        [n] where the rollouts are those of an earlier policy.
         """
         with self._timed():
             check_tokens(hidden, actions, advantages, self.temperature)
-            layer = LastLayer.cat(
-                [
-                    last_layer(hidden[at], chunk, actions[at], temperature=self.temperature, top_k=self.top_k)
-                    for at, chunk in logit_chunks(logits, len(hidden))
-                ]
-            )
+            settings: Any = {"temperature": self.temperature, "top_k": self.top_k}
+            if isinstance(logits, Head):
+                layer = logits.last_layer(hidden, actions, **settings)
+            else:
+                chunks = logit_chunks(logits, len(hidden))
+                layer = LastLayer.cat([last_layer(hidden[at], z, actions[at], **settings) for at, z in chunks])
             shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
             if self.rule is not None:
                 before = layer.log_pi_a if sampled_log_pi is None else sampled_log_pi
@@ -119,15 +129,20 @@ class Planner:
 
     @property
     def rejects_everything(self) -> bool:
-        """Whether the step has tokens and none of them was accepted."""
-        sizes = [len(batch.keep) for batch in self.micro_batches]
-        return sum(sizes) > 0 and not any(bool(batch.keep.any()) for batch in self.micro_batches)
+        """Whether the step has tokens and none of them was accepted, in any process."""
+        if not self.micro_batches:
+            return False
+        counts = [torch.stack([batch.keep.sum(), (~batch.keep).sum()]) for batch in self.micro_batches]
+        accepted, rejected = self.processes.total(torch.stack(counts).sum(0)).tolist()
+        return rejected > 0 and not accepted
 
     @torch.no_grad()
-    def commit(self, scale: float = 1.0) -> dict[str, float]:
+    def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:
         """The step is about to be taken, its gradient multiplied by `scale`: advance the moments, return the figures.
 
-        Raises `RuntimeError` if the backward pass did not report a micro-batch's weights.
+        `scale` holds clipping, and 1/n where the gradients of n processes are averaged. Without `describe` the dearer
+        figures, those of the shifts, are left out. Raises `RuntimeError` if the backward pass did not report a
+        micro-batch's weights.
         """
         batch = self._whole_step()
         if batch is None:
@@ -138,41 +153,37 @@ class Planner:
                 "the optimizer: this version of the trainer computes its loss another way"
             )
         with self._timed():
-            rows = support_rows(batch.layer)
-            figures = self._figures(batch, rows)
             weights = scale * batch.weights
-            planned = shifts_along(
-                subset_direction(batch.layer, weights, self.step, rows), batch.layer, batch.advantages
-            )
-            figures["capo/kl/predicted"] = float(0.5 * planned.c.mean())
+            figures = self._figures(batch, weights, describe)
             # A token with no weight has no gradient, and its rows need no memory.
             counted = weights != 0
-            if counted.all():
-                self.step.update(row_gradient(batch.layer, weights, rows))
-            else:
-                self.step.update(row_gradient(batch.layer[counted], weights[counted]))
-            self.accepted_tokens += int(batch.keep.sum())
+            layer = batch.layer if counted.all() else batch.layer[counted]
+            rows = support_rows(layer).over(self.processes)
+            self.step.update(row_gradient(layer, weights[counted], rows))
         figures["capo/accepted_tokens"] = float(self.accepted_tokens)
         return figures
 
     @torch.no_grad()
-    def skip(self) -> dict[str, float]:
+    def skip(self, describe: bool = True) -> dict[str, float]:
         """The step is left out, since every token was rejected: count it, leave the moments, return the figures."""
         self.steps_skipped += 1
         batch = self._whole_step()
         with self._timed():
-            return {} if batch is None else self._figures(batch, support_rows(batch.layer))
+            return {} if batch is None else self._figures(batch, None, describe)
 
     @torch.no_grad()
-    def measured_kl(self, sample: list[Tensor], logits: Callable[[int], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+    def measured_kl(self, sample: list[Tensor], hidden: Callable[[int], Tensor], head: Head) -> tuple[Tensor, Tensor]:
         """How far the step just taken moved the policy at a sample of M tokens: KL(π ‖ π') in nats, and their m_F.
 
-        `sample[i]` [n] marks tokens of micro-batch i, whose logits after the step are `logits(i)`.
+        `sample[i]` [n] marks tokens of micro-batch i; `hidden(i)` [m, d] are their hidden states after the step, and
+        `head` is the head after it. Returns the tokens of all processes.
         """
-        tokens = list(zip(self.micro_batches, sample, strict=True))
-        kl = [measured_kl(batch.layer[chosen], logits(i)) for i, (batch, chosen) in enumerate(tokens)]
-        m_f = [batch.shifts.m_f[chosen] for batch, chosen in tokens]
-        return (torch.cat(kl), torch.cat(m_f)) if tokens else (torch.zeros(0), torch.zeros(0))
+        kl, m_f = [], []
+        for i, (batch, chosen) in enumerate(zip(self.micro_batches, sample, strict=True)):
+            layer = batch.layer[chosen]
+            kl.append(measured_kl(layer, head.log_pi(hidden(i), layer.support, self.temperature)))
+            m_f.append(batch.shifts.m_f[chosen])
+        return self.processes.gather(torch.cat(kl)), self.processes.gather(torch.cat(m_f))
 
     def clear(self) -> float:
         """Forget the micro-batches of the step that is over; returns the seconds spent on it."""
@@ -181,8 +192,9 @@ class Planner:
         return seconds
 
     def _whole_step(self) -> MicroBatch | None:
+        """The micro-batches as one, or None before the first."""
         batches = self.micro_batches
-        if not sum(len(batch.keep) for batch in batches):
+        if not batches:
             return None
         weights = [batch.weights for batch in batches if batch.weights is not None]
         return MicroBatch(
@@ -193,44 +205,78 @@ class Planner:
             torch.cat(weights) if len(weights) == len(batches) else None,
         )
 
-    def _figures(self, batch: MicroBatch, rows: SupportRows) -> dict[str, float]:
-        """Shifts at token and batch level, before and after selection, and what was rejected."""
-        keep = batch.keep
-        finite = ~batch.shifts.nonfinite
-        figures = describe("capo/token", batch.shifts) | describe("capo/token_accepted", batch.shifts[keep])
-        for name, members in (("capo/batch", finite), ("capo/batch_accepted", keep)):
-            level = self._step_of(members, batch, rows if finite.all() else None)
-            for symbol in ("m_h", "m_f"):
-                figures[f"{name}/{symbol}"] = float(getattr(level, symbol).mean())
-        figures |= rejections(keep, batch.advantages)
-        figures |= missing_mass(batch.layer.missing_mass, self.max_missing_mass)
+    def _figures(self, batch: MicroBatch, weights: Tensor | None, describe: bool) -> dict[str, float]:
+        """What was rejected, over the tokens of all processes; and if asked, their shifts before and after."""
+        shifts, keep, advantages = _everyones(batch, self.processes)
+        finite = ~shifts.nonfinite
+        figures = rejections(keep, advantages) | missing_mass(shifts.missing_mass, self.max_missing_mass)
         figures["capo/nonfinite_shifts"] = float((~finite).sum())
-        if figures["capo/missing_mass/above_bound"] and not self._warned:
+        if describe:
+            figures |= shift_figures("capo/token", shifts) | shift_figures("capo/token_accepted", shifts[keep])
+            figures |= self._step_figures(batch, weights, len(keep), int(keep.sum()), int(finite.sum()))
+        if weights is not None:  # else the step is left out
+            self.accepted_tokens += int(keep.sum())
+        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0), len(keep))
+        return figures
+
+    def _step_figures(
+        self, batch: MicroBatch, weights: Tensor | None, tokens: int, accepted: int, finite: int
+    ) -> dict[str, float]:
+        """The shifts of three steps, planned in one pass: all tokens' mean gradient (Eq. 7), that of the accepted ones,
+        and the loss's own. Counts are of all processes; a token whose shifts are not finite takes no part.
+        """
+        layer, advantages, keep = batch.layer, batch.advantages, batch.keep
+        if finite < tokens:  # a weight of zero would not silence a NaN
+            some = ~batch.shifts.nonfinite
+            layer, advantages, keep = layer[some], advantages[some], keep[some]
+            weights = None if weights is None else weights[some]
+        gradients = [advantages / max(1, finite)]
+        if accepted < finite:
+            gradients.append(advantages.where(keep, 0) / max(1, accepted))
+        if weights is not None:
+            gradients.append(weights)
+        stacked = torch.stack([gradient.to(layer.u.dtype) for gradient in gradients])
+        v = subset_direction(layer, stacked, self.step, support_rows(layer).over(self.processes))
+        everyone = shifts_along(v[0], layer, advantages, self.fisher)
+        chosen = everyone if accepted == finite else shifts_along(v[1], layer, advantages, self.fisher)[keep]
+        means = {
+            "capo/batch/m_h": (everyone.m_h, finite),
+            "capo/batch/m_f": (everyone.m_f, finite),
+            "capo/batch_accepted/m_h": (chosen.m_h, accepted),
+            "capo/batch_accepted/m_f": (chosen.m_f, accepted),
+        }
+        if weights is not None:
+            means["capo/kl/predicted"] = (0.5 * shifts_along(v[-1], layer, advantages).c, finite)
+        sums = self.processes.total(torch.stack([values.double().sum() for values, _ in means.values()])).tolist()
+        return {
+            name: total / count if count else math.nan
+            for (name, (_, count)), total in zip(means.items(), sums, strict=True)
+        }
+
+    def _warn_of_missing_mass(self, above: float, tokens: int) -> None:
+        if above and not self._warned:
             self._warned = True
             logger.warning(
                 "%d of %d tokens have more than %g of their probability outside the top k=%s: raise capo_top_k, or "
                 "capo_max_missing_mass to accept it (said once; capo/missing_mass/above_bound goes on counting)",
-                figures["capo/missing_mass/above_bound"],
-                len(keep),
+                above,
+                tokens,
                 self.max_missing_mass,
                 self.top_k,
             )
-        return figures
-
-    def _step_of(self, members: Tensor, batch: MicroBatch, rows: SupportRows | None) -> Shifts:
-        """The shifts at some of the tokens of the step that their mean gradient would take (Eq. 7).
-
-        Without the step's `rows` the others are left out altogether: a weight of zero does not silence a NaN.
-        """
-        layer, advantages = batch.layer, batch.advantages
-        if rows is None:
-            layer, advantages, members = layer[members], advantages[members], members[members]
-        weights = advantages.where(members, 0) / members.sum()
-        v = subset_direction(layer, weights, self.step, rows)
-        return shifts_along(v, layer, advantages, self.fisher)[members]
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
+
+
+def _everyones(batch: MicroBatch, processes: Processes) -> tuple[Shifts, Tensor, Tensor]:
+    """The shifts, verdicts and advantages of the tokens of all processes."""
+    if processes.count == 1:
+        return batch.shifts, batch.keep, batch.advantages
+    columns = [getattr(batch.shifts, field.name) for field in fields(Shifts)]
+    table = processes.gather(torch.stack([*columns, batch.keep, batch.advantages], dim=1).to(columns[0].dtype))
+    *shifts, keep, advantages = table.unbind(1)
+    return Shifts(*shifts), keep.bool(), advantages

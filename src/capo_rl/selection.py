@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from capo_rl.processes import Processes
     from capo_rl.shifts import Shifts
 
 
@@ -109,18 +110,20 @@ def excess(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return out.where(~shifts.nonfinite, math.inf)
 
 
-def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor) -> Tensor:
+def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor, processes: Processes | None = None) -> Tensor:
     """What to multiply advantages by so that a loss's mean over all tokens becomes its mean over accepted ones.
 
     mask [B, T] marks the completion tokens, keep [B, T] the accepted ones among them. Rejected tokens have an
     advantage of zero already, which leaves the denominators at all tokens; the factor is all / accepted
 
         grpo         for each sequence, whose mean is over its own accepted tokens        [B, 1]
-        bnpo, dapo   for the micro-batch, whose mean is over all accepted tokens          [1, 1]
+        bnpo         for the micro-batch, whose mean is over all accepted tokens          [1, 1]
+        dapo         the same over the micro-batches of all processes                     [1, 1]
         dr_grpo      1: its denominator is the fixed maximum length                       [1, 1]
 
     Where nothing is accepted the factor is finite, and multiplies zeros. DAPO's denominator spans the optimizer
-    step: with several micro-batches each keeps the share of the step that its tokens had before selection.
+    step: with gradient accumulation each round keeps the share of the step that its tokens had before selection.
+    With several processes `dapo` is collective.
 
     >>> mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     >>> keep = torch.tensor([[True, False, False, True], [True, True, False, False]])
@@ -133,4 +136,7 @@ def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor) -> Tensor:
     if loss_type == "dr_grpo":
         return torch.ones(1, 1, device=mask.device)
     over = {"grpo": (1,), "bnpo": (0, 1), "dapo": (0, 1)}[loss_type]
-    return mask.sum(over, keepdim=True) / (mask & keep).sum(over, keepdim=True).clamp(min=1)
+    counts = torch.stack([mask.sum(over, keepdim=True), (mask & keep).sum(over, keepdim=True)])
+    if loss_type == "dapo" and processes is not None:
+        counts = processes.total(counts)
+    return counts[0] / counts[1].clamp(min=1)

@@ -41,6 +41,10 @@ from capo_rl.step import AdamStep, SGDStep
 
 FISHERS = ("sampled", "expected")
 
+# With at most so many rows for each row of a support, a product of all rows with all tokens beats a gather for each
+# entry: on a CPU one of the gather's costs about as much as 20 of the product's.
+_SHARED_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Shifts:
@@ -187,23 +191,33 @@ def subset_direction(
     """v = U h on the support [N, k], for the step U of the gradient Σ w_i u_i h_iᵀ of each token's subset.
 
     weights [N]: A / |b| gives Eq. 7; the loss's own weights give the update that the optimizer is about to make.
+    Several sets of weights [M, N] give v [M, N, k], one gradient each, for little more than one of them costs.
     `rows`: the subsets' rows, by default those of one subset of all tokens.
     """
-    k, d = layer.support.shape[1], layer.hidden.shape[1]
+    tokens, k = layer.support.shape
+    d = layer.hidden.shape[1]
     rows = support_rows(layer) if rows is None else rows
-    gradient = row_gradient(layer, weights, rows)
-    v = torch.zeros_like(layer.u).flatten()
+    gradients = [row_gradient(layer, each, rows) for each in (weights if weights.dim() == 2 else weights[None])]
+    v = layer.u.new_zeros(len(gradients), tokens * k)
     pair = rows.pair.flatten()
+    shared = len(rows.rows) <= _SHARED_ROWS * k
     # A tile holds the step of some pairs, and then, a tile at a time, their tokens: whole rows, which are read fastest.
+    # Its size is the same in every process, which reduce their gradients a tile at a time.
     size = max(1, tile_elements(v.device) // max(1, d))
     for pairs in blocks(len(rows.rows), size):
-        step_rows = step.plan(gradient.part(pairs), gradient.rows[pairs])
-        for some in blocks(int(rows.start[pairs.stop]), size, first=int(rows.start[pairs.start])):
+        planned = [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients]
+        for some in blocks(int(rows.start[pairs.stop]), tokens * k if shared else size, int(rows.start[pairs.start])):
             entries = rows.order[some]
-            h = layer.hidden.index_select(0, entries // k).to(v.dtype)
-            u_h = step_rows.index_select(0, pair[entries] - pairs.start).mul_(h).sum(-1)
-            v[entries] = u_h.to(v.dtype)
-    return v.view_as(layer.u)
+            at, token = pair[entries] - pairs.start, entries // k
+            if shared:
+                h = layer.hidden.to(planned[0].dtype)
+                for m, step_rows in enumerate(planned):
+                    v[m, entries] = (step_rows @ h.T)[at, token].to(v.dtype)
+            else:
+                h = layer.hidden.index_select(0, token).to(v.dtype)
+                for m, step_rows in enumerate(planned):
+                    v[m, entries] = step_rows.index_select(0, at).mul_(h).sum(-1).to(v.dtype)
+    return v.view(*weights.shape[:-1], tokens, k)
 
 
 def shifts_along(v: Tensor, layer: LastLayer, advantages: Tensor, fisher: str = "sampled") -> Shifts:

@@ -136,7 +136,7 @@ class AdamStep:
             raise ValueError("the gradient has several subsets: the moments follow that of the whole batch")
         self._grow(rows, gradient.hidden.shape[1], gradient.values)
         p, q, slots = self._p[: self._used], self._q[: self._used], self.slots(rows)
-        if uses_triton(p) and p.dtype == torch.float32:
+        if uses_triton(p) and p.dtype == torch.float32 and gradient.processes is None:
             fused_update_moments(p, q, slots, gradient, scale, self.betas)
         else:
             update_moments(p, q, slots, gradient, scale, self.betas, seed=self.steps)

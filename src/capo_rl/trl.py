@@ -16,12 +16,12 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -34,7 +34,7 @@ from trl.trainer.utils import is_async_callable
 from capo_rl.calibration import Ratio
 from capo_rl.config import CAPOConfig
 from capo_rl.grading import guarded
-from capo_rl.last_layer import tile_elements
+from capo_rl.head import Head
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole
@@ -82,14 +82,13 @@ class CAPOTrainer(GRPOTrainer):
         self._completions = 0
         self._clip = 1.0
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
-        # To measure an update: how to run each micro-batch's forward again, and which tokens count.
-        self._forwards: list[Callable[[nn.Module], Any]] = []
-        self._token_masks: list[Tensor] = []
-        self._samples: list[Tensor] = []
+        self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
         self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
         self._finite = True  # whether the gradient of the coming step is
+        self._to_log = self._to_measure = True  # whether the coming step is
+        self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
@@ -172,7 +171,9 @@ class CAPOTrainer(GRPOTrainer):
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         self._select(model, inputs, mask, hidden[0], logps)
-        self._remember(score, mask)
+        self._to_log, self._to_measure = self._due()
+        if self._to_measure or self._budget is not None:
+            self._remember(score, mask)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
@@ -188,7 +189,7 @@ class CAPOTrainer(GRPOTrainer):
             self.planner.thresholds = Thresholds(bound, self.args.thresholds.hessian)
         planned = self.planner.plan(
             hidden[mask],
-            self._project(model, hidden[mask]),
+            self._head(model),
             inputs["completion_ids"][mask],
             advantages[mask],
             self._subsets(inputs, mask),
@@ -202,7 +203,7 @@ class CAPOTrainer(GRPOTrainer):
             keep[mask] = planned.keep
             # `where`, not a product: a rejected token's advantage may be infinite
             advantages = advantages.where(keep | ~mask, 0)
-            inputs["advantages"] = advantages * accepted_mean(self.loss_type, mask, keep)
+            inputs["advantages"] = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
@@ -242,8 +243,11 @@ class CAPOTrainer(GRPOTrainer):
     # ---- hidden states and logits ---------------------------------------------------------------------------------
 
     def _causal_lm(self, model: Any) -> Any:
-        model = self.accelerator.unwrap_model(model)
-        return model.get_base_model() if is_peft_model(model) else model
+        """The causal language model inside its wrappers, looked for once: Accelerate takes milliseconds to unwrap."""
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            causal_lm = self.accelerator.unwrap_model(model)
+            self._unwrapped = model, causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+        return self._unwrapped[1]
 
     @contextmanager
     def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
@@ -267,18 +271,19 @@ class CAPOTrainer(GRPOTrainer):
                 "see the hidden states of this model, and does not train on without them"
             )
 
-    def _project(self, model: nn.Module, hidden: Tensor) -> Iterator[Tensor]:
-        """The logits [n, V] before temperature of a few tokens at a time."""
+    def _head(self, model: nn.Module) -> Head:
         causal_lm = self._causal_lm(model)
         head = causal_lm.get_output_embeddings()
-        scale = _logit_scale(causal_lm)
-        rows = max(1, 16 * tile_elements(hidden.device) // len(head.weight))
-        for some in hidden.split(rows):
-            with self.accelerator.autocast():  # as the loss projects them
-                logits = F.linear(some.to(head.weight.dtype), head.weight, head.bias) * scale
-            yield logits
+        return Head(head.weight, head.bias, _logit_scale(causal_lm), self.accelerator.autocast)
 
     # ---- around the optimizer's step -----------------------------------------------------------------------------
+
+    def _due(self) -> tuple[bool, bool]:
+        """Whether the figures of the coming step will be logged, and whether its KL is to be measured."""
+        args, step = self.args, self.state.global_step + 1
+        logged = step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        logged = logged if args.logging_strategy == "steps" else args.logging_strategy != "no"
+        return logged, step % args.capo_kl_every == 0 if args.capo_kl_every else logged
 
     def _loss_scale(self) -> float:
         """The factor of mixed-precision loss scaling, which the optimizer takes out again."""
@@ -299,9 +304,11 @@ class CAPOTrainer(GRPOTrainer):
         if unusable or (self.args.capo_mode == "mask" and self.planner.rejects_everything):
             # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
             self.model.zero_grad(set_to_none=True)
-            figures = self.planner.skip()
+            figures = self.planner.skip(self._to_log)
         else:
-            figures = self.planner.commit(self._clip)
+            # Gradients are averaged over processes after the weights were read off.
+            described = self._to_log or self.args.capo_kl_control == "prediction"
+            figures = self.planner.commit(self._clip / self.accelerator.num_processes, described)
         self._clip, self._finite = 1.0, True
         if self._budget is not None:
             self._budget.before_step(self._optimizer(), figures.get("capo/kl/predicted", 0.0))
@@ -313,7 +320,7 @@ class CAPOTrainer(GRPOTrainer):
         if self._budget is not None:
             self._budget.after_optimizer(self._optimizer())
 
-    def _after_step(self, measure: bool) -> None:
+    def _after_step(self) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         planner = self.planner
         assert planner is not None
@@ -322,27 +329,25 @@ class CAPOTrainer(GRPOTrainer):
 
         def measure_kl() -> float:
             nonlocal tokens
-            tokens = planner.measured_kl(self._samples, self._logits_now)
-            return self._global_mean(tokens[0])
+            sample = [forward.sample for forward in self._forwards]
+            tokens = planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
+            return _mean(tokens[0])
 
         figures: dict[str, float] = {}
         if self._budget is not None:
-            figures = self._budget.after_step(measure_kl, due=measure)
+            figures = self._budget.after_step(measure_kl, due=self._to_measure)
             if self.args.capo_kl_moments == "shorten" and "capo/kl/proposed" in figures:
                 shorten_momentum(self._optimizer(), figures["capo/kl/fraction"])
                 planner.step.shorten_momentum(figures["capo/kl/fraction"])
-        elif measure:
+        elif self._to_measure:
             figures = {"capo/kl/measured": measure_kl()}
         if tokens is not None:
-            if self.args.capo_fisher_nats is not None:  # else nobody asks, and the mean is a reduction over processes
-                self._ratio.update(figures["capo/kl/measured"], self._global_mean(tokens[1]))
+            self._ratio.update(figures["capo/kl/measured"], _mean(tokens[1]))
             figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
             figures["capo/kl/seconds"] = time.perf_counter() - start
         self._record_tokens(planner)
         self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
-        self._token_masks.clear()
-        self._samples.clear()
 
     def _record_tokens(self, planner: Planner) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
@@ -366,33 +371,24 @@ class CAPOTrainer(GRPOTrainer):
             if images := [name for name, value in arguments.items() if "image" in name and value is not None]:
                 raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(images)}: set it to 1")
             score = partial(score.func, **arguments)
-        self._forwards.append(score)
-        self._token_masks.append(mask[rows])
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
-        self._samples.append(sampled[mask])
-
-    def _global_mean(self, values: Tensor) -> float:
-        """The mean over the tokens of all processes, so that all take the same decisions; NaN if there are none."""
-        sums = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.double)])
-        total, count = self.accelerator.reduce(sums.to(self.accelerator.device)).tolist()
-        return total / count if count else math.nan
+        self._forwards.append(_Forward(score, mask[rows], sampled[mask]))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
 
-    def _logits_now(self, micro_batch: int) -> Iterator[Tensor]:
-        """The logits of a micro-batch's tokens under the weights as they are now, a few tokens at a time."""
-        assert self.planner is not None
-        forward, mask = self._forwards[micro_batch], self._token_masks[micro_batch]
+    def _hidden_now(self, micro_batch: int) -> Tensor:
+        """The hidden states of a micro-batch's tokens under the weights as they are now."""
+        forward = self._forwards[micro_batch]
         with (
             torch.random.fork_rng(),  # a measurement must not move the random numbers that training draws from
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._hidden_states(self.model_wrapped, mask.shape[1]) as hidden,
+            self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
-            forward(self.model_wrapped)
-        yield from self._project(self.model_wrapped, hidden[0][mask])
+            forward.run(self.model_wrapped)
+        return hidden[0][forward.mask]
 
     def _record(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -459,6 +455,16 @@ class CAPOTrainer(GRPOTrainer):
             self._buffered_inputs = [rollout[i] for i in sorted(rollout)]
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A micro-batch's forward, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
+    `sample` [n] among the tokens of the micro-batch."""
+
+    run: Callable[[nn.Module], Any]
+    mask: Tensor
+    sample: Tensor
+
+
 class _AroundTheStep(TrainerCallback):
     """Calls the trainer before and after each optimizer step."""
 
@@ -476,14 +482,17 @@ class _AroundTheStep(TrainerCallback):
         self.trainer._after_optimizer()
 
     def on_step_end(self, args, state, control, **kwargs):
-        every = args.capo_kl_every
-        self.trainer._after_step(measure=state.global_step % every == 0 if every else control.should_log)
+        self.trainer._after_step()
 
 
 _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
     "adam": lambda args: AdamStep(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if len(values) else math.nan
 
 
 def _guarded(reward: Any) -> Any:

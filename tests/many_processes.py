@@ -1,0 +1,83 @@
+"""Started by torchrun: a share of each batch in each process, with completions that depend on their place alone.
+
+    torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", "engine": "ddp", ...settings of CAPOConfig}'
+
+Writes FOLDER/NAME-RANK.pt: weights, moments, verdicts and figures of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from capo_rl import CAPOConfig, CAPOTrainer
+from conftest import SETTINGS, WORDS, make_model, make_tokenizer, prompts, wants_even_words
+
+
+class SameCompletions(CAPOTrainer):
+    """The i-th completion of a step is the same however many processes share the step."""
+
+    lengths = range(1, SETTINGS["max_completion_length"] + 1)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **kwargs):
+        first = self.accelerator.process_index * len(prompt_ids)
+        step = self.state.global_step
+        completions = []
+        for i in range(first, first + len(prompt_ids)):
+            draw = torch.Generator().manual_seed(1000 * step + i)
+            length = self.lengths[int(torch.randint(len(self.lengths), (1,), generator=draw))]
+            completions.append(torch.randint(3, len(WORDS), (length,), generator=draw).tolist())
+        return completions, None
+
+
+def main(folder: str, settings: dict) -> None:
+    name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
+    completions = settings.pop("completions", 8)  # a step, of all processes
+    settings.setdefault("per_device_train_batch_size", completions // world)
+    trainer = SameCompletions(
+        model=make_model(),
+        reward_funcs=wants_even_words,
+        args=CAPOConfig(output_dir=folder, **(SETTINGS | {"gradient_accumulation_steps": 1} | settings)),
+        train_dataset=prompts(),
+        processing_class=make_tokenizer(),
+    )
+    verdicts: dict[tuple[int, ...], tuple[list[bool], list[float]]] = {}
+    figures: list[dict[str, float]] = []
+    select, record = trainer._select, trainer._record
+
+    def spy(model, inputs, mask, *rest):
+        select(model, inputs, mask, *rest)
+        planned = trainer.planner.micro_batches[-1]
+        lengths = mask.sum(1).tolist()
+        columns = (inputs["completion_ids"][mask], planned.keep, planned.shifts.m_f)
+        for ids, keep, m_f in zip(*(column.split(lengths) for column in columns), strict=True):
+            # TRL shuffles each process's completions, so they are told apart by what they say.
+            verdicts[trainer.state.global_step, *ids.tolist()] = keep.tolist(), m_f.tolist()
+
+    trainer._select = spy
+    trainer._record = lambda each: (figures.append(each), record(each))[1]
+    trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    rank = trainer.accelerator.process_index
+    torch.save(
+        {
+            "weights": {} if state is None else {key: value.detach().float() for key, value in state.items()},
+            "moments": trainer.planner.step.state_dict(),
+            "verdicts": verdicts,
+            "figures": figures,
+            "bytes": trainer.planner.processes.bytes,
+        },
+        Path(folder, f"{name}-{rank}.pt"),
+    )
+    trainer.accelerator.wait_for_everyone()
+    # An interpreter that takes its objects down one by one now and then aborts in gloo's threads ("terminate called
+    # without an active exception"); what is tested is over.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
