@@ -1,8 +1,8 @@
 """Started by torchrun: a share of each batch in each process, with completions that depend on their place alone.
 
-    torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", "engine": "ddp", ...settings of CAPOConfig}'
+    torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", ...settings of CAPOConfig}'
 
-Writes FOLDER/NAME-RANK.pt: weights, moments, verdicts and figures of every step.
+Writes FOLDER/NAME-RANK.pt: weights, moments, the verdicts and shifts of each completion, the figures of every step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from capo_rl import CAPOConfig, CAPOTrainer
 from conftest import SETTINGS, WORDS, make_model, make_tokenizer, prompts, wants_even_words
@@ -34,7 +37,24 @@ class SameCompletions(CAPOTrainer):
         return completions, None
 
 
+def shard_on_a_cpu() -> None:
+    """Accelerate takes FSDP for a matter of accelerators, and torch does not: tell it so."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
 def main(folder: str, settings: dict) -> None:
+    if "fsdp" in settings:
+        shard_on_a_cpu()
     name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
     completions = settings.pop("completions", 8)  # a step, of all processes
     settings.setdefault("per_device_train_batch_size", completions // world)
@@ -58,6 +78,14 @@ def main(folder: str, settings: dict) -> None:
             # TRL shuffles each process's completions, so they are told apart by what they say.
             verdicts[trainer.state.global_step, *ids.tolist()] = keep.tolist(), m_f.tolist()
 
+    sharded: list[bool] = []
+    head = trainer._head
+
+    def watched_head(model):
+        sharded.append(isinstance(head(model).weight, DTensor))
+        return head(model)
+
+    trainer._head = watched_head
     trainer._select = spy
     trainer._record = lambda each: (figures.append(each), record(each))[1]
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
@@ -69,7 +97,7 @@ def main(folder: str, settings: dict) -> None:
             "moments": trainer.planner.step.state_dict(),
             "verdicts": verdicts,
             "figures": figures,
-            "bytes": trainer.planner.processes.bytes,
+            "sharded_head": any(sharded),
         },
         Path(folder, f"{name}-{rank}.pt"),
     )

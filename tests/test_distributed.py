@@ -1,41 +1,106 @@
-"""Two processes, each with half of the batch: what one decides, the other must decide too."""
+"""The same run in one process and in several: the same verdicts, shifts, moments, figures and weights."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
+SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
+FSDP2 = {
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
 
 
-def two_processes(folder: Path, **settings) -> list[dict]:
-    """What both processes of a run write."""
+def run(folder: Path, processes: int, **settings) -> list[dict]:
+    """What each process of a run writes."""
+    folder.mkdir(exist_ok=True)
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "--redirects=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    name = f"on-{processes}"
     done = subprocess.run(
-        [*command, str(here / "two_processes.py"), str(folder), json.dumps(settings)],
+        [*command, str(here / "many_processes.py"), str(folder), json.dumps({"name": name} | settings)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         env=os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def check_equal(one: dict, several: list[dict]) -> None:
+    """Up to the order of float32 sums; verdicts and counts exactly."""
+    verdicts = {key: value for each in several for key, value in each["verdicts"].items()}
+    assert verdicts.keys() == one["verdicts"].keys()
+    rejected = 0
+    for key, (keep, m_f) in one["verdicts"].items():
+        assert verdicts[key][0] == keep
+        rejected += keep.count(False)
+        assert verdicts[key][1] == pytest.approx(m_f, rel=1e-3, abs=1e-9)
+    assert rejected
+    if len(several) > 1:
+        assert all(step["capo/bytes"] > 0 for step in several[0]["figures"] if "capo/seconds" in step)
+    for name in ("p", "q"):
+        for each in several:
+            assert torch.equal(each["moments"][name], several[0]["moments"][name])
+        torch.testing.assert_close(several[0]["moments"][name], one["moments"][name], rtol=1e-3, atol=1e-6)
+    for name, weight in several[0]["weights"].items():
+        torch.testing.assert_close(weight, one["weights"][name], rtol=1e-4, atol=1e-5)
+    for other in several[1:]:
+        for mine, theirs in zip(several[0]["figures"], other["figures"], strict=True):
+            assert without_times(mine) == pytest.approx(without_times(theirs), rel=0, abs=0, nan_ok=True)
+    for mine, theirs in zip(one["figures"], several[0]["figures"], strict=True):
+        assert without_times(mine) == pytest.approx(without_times(theirs), rel=1e-3, abs=1e-9, nan_ok=True)
+
+
+def without_times(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if not name.endswith(("seconds", "bytes"))}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_ddp_is_one_process(tmp_path, loss_type):
+    (one,) = run(tmp_path, 1, loss_type=loss_type, **SOME)
+    check_equal(one, run(tmp_path, 2, loss_type=loss_type, **SOME))
+    check_equal(one, run(tmp_path, 4, loss_type=loss_type, **SOME))
+
+
+def test_fsdp2_is_one_process_and_never_gathers_the_head(tmp_path):
+    (one,) = run(tmp_path, 1, max_steps=3, **SOME)
+    several = run(tmp_path, 2, max_steps=3, **SOME, **FSDP2)
+    assert all(each["sharded_head"] for each in several)
+    check_equal(one, several)
 
 
 @pytest.mark.parametrize("control", ["copy", "learning_rate"])
 def test_a_kl_budget_takes_the_same_share_of_each_step_in_every_process(tmp_path, control):
-    one, other = two_processes(tmp_path, capo_kl_budget=1e-3, capo_kl_control=control, max_steps=3, **OPEN)
-    assert (one["rank"], other["rank"]) == (0, 1)
-    assert one["weights"] == other["weights"]
-    shared = ("capo/kl/measured", "capo/kl/fraction")
-    kl = [[{name: step[name] for name in shared if name in step} for step in each["kl"]] for each in (one, other)]
-    assert kl[0] == kl[1]
-    fractions = [step["capo/kl/fraction"] for step in kl[0] if "capo/kl/fraction" in step]
+    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": control, "max_steps": 3, **OPEN}
+    one, other = run(tmp_path, 2, **settings)
+    for name, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][name])
+    fractions = [step["capo/kl/fraction"] for step in one["figures"] if "capo/kl/fraction" in step]
+    assert fractions == [step["capo/kl/fraction"] for step in other["figures"] if "capo/kl/fraction" in step]
     assert len(fractions) == 3
     assert min(fractions) < 1
+    assert not any(math.isnan(fraction) for fraction in fractions)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    (whole,) = run(tmp_path / "whole", 1, **SOME)
+    folder = tmp_path / "resumed"
+    run(folder, before, max_steps=3, **saves, **SOME)
+    checkpoint = str(folder / "checkpoint-3")
+    resumed = run(folder, after, resume_from_checkpoint=checkpoint, **saves, **SOME)
+    # The learning rate is constant and completions depend on the step alone, so the steps are those of one long run.
+    verdicts = {key: value for key, value in whole["verdicts"].items() if key[0] >= 3}
+    check_equal(whole | {"verdicts": verdicts, "figures": whole["figures"][6:]}, resumed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors import safe_open
 
-from capo_rl.trl import STATE_FILE
+from capo_rl.trl import ROLLOUTS_FILE, STATE_FILE
 
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
 
@@ -24,6 +25,7 @@ def final(trainer) -> dict[str, torch.Tensor]:
     [
         {"capo_mode": "mask"},
         {"capo_mode": "mask", "capo_step": "sgd"},
+        {"capo_mode": "mask", "capo_moments": "bfloat16"},
         {"capo_mode": "mask", "num_iterations": 3, "capo_kl_budget": 1e-3},
         {"capo_mode": "mask", "capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"},
         {"capo_mode": "mask", "capo_kl_budget": 1e-3, "capo_kl_control": "learning_rate"},
@@ -53,12 +55,11 @@ def test_resuming_changes_nothing(build, tmp_path, settings):
 def test_a_checkpoint_holds_rollouts_only_in_the_middle_of_their_use(build, tmp_path):
     build(num_iterations=2, max_steps=2, save_strategy="steps", save_steps=1, **SOME).train()
 
-    def rollouts(step: int) -> list[str]:
-        with safe_open(tmp_path / "run" / f"checkpoint-{step}" / STATE_FILE, framework="pt") as file:
-            return [name for name in file.keys() if name.startswith("rollout.")]  # noqa: SIM118
+    def rollouts(step: int) -> Path:
+        return tmp_path / "run" / f"checkpoint-{step}" / ROLLOUTS_FILE.format(process=0)
 
-    assert rollouts(1)
-    assert not rollouts(2)
+    assert rollouts(1).exists()
+    assert not rollouts(2).exists()
 
 
 def test_a_checkpoint_of_another_trainer_is_refused(build, tmp_path):

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_rl import Shifts, Thresholds, select
-from capo_rl.selection import balanced, excess
+from capo_rl import SGDStep, Shifts, Thresholds, select, token_shifts
+from capo_rl.selection import balanced, excess, penalised, soft_weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -95,3 +95,49 @@ def test_balanced_never_keeps_a_shift_that_is_not_finite():
 def test_bad_bounds_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Thresholds(**arguments)
+
+
+def some_tokens(tokens=200, d=6, vocabulary=15):
+    draw = torch.Generator().manual_seed(5)
+    hidden = torch.randn(tokens, d, generator=draw, dtype=torch.float64)
+    logits = 2 * torch.randn(tokens, vocabulary, generator=draw, dtype=torch.float64)
+    actions = torch.randint(0, vocabulary, (tokens,), generator=draw)
+    return hidden, logits, actions, torch.randn(tokens, generator=draw, dtype=torch.float64)
+
+
+def test_soft_weights_bring_an_sgd_step_back_to_the_bound():
+    hidden, logits, actions, advantages = some_tokens()
+    step, bound = SGDStep(0.05), 0.02
+    planned = token_shifts(hidden, logits, actions, advantages, step)
+    weights = soft_weights(planned, Thresholds(fisher=bound, hessian=None))
+    out = planned.m_f > bound
+    assert 0.1 < out.double().mean() < 0.9
+    weighed = token_shifts(hidden, logits, actions, weights * advantages, step)
+    torch.testing.assert_close(weighed.m_f[out], torch.full_like(weighed.m_f[out], bound))
+    assert (weights[~out] == 1).all()
+
+
+def test_soft_weights_keep_what_select_keeps_and_nothing_that_is_not_finite():
+    hidden, logits, actions, advantages = some_tokens()
+    advantages[3] = NAN
+    planned = token_shifts(hidden, logits, actions, advantages, SGDStep(0.05))
+    thresholds = Thresholds(fisher=0.02, hessian=(-0.01, 0.05))
+    weights = soft_weights(planned, thresholds)
+    assert torch.equal(weights == 1, select(planned, thresholds))
+    assert weights[3] == 0
+    assert ((weights >= 0) & (weights <= 1)).all()
+    assert (soft_weights(planned, Thresholds(fisher=None, hessian=None))[~planned.nonfinite] == 1).all()
+
+
+def test_a_penalty_is_the_gradient_of_the_penalised_objective():
+    """A x − λ ½ x² at the planned x = s, by autograd, wherever that does not turn the token's step round."""
+    hidden, logits, actions, advantages = some_tokens()
+    planned = token_shifts(hidden, logits, actions, advantages, SGDStep(0.05))
+    x = planned.s.clone().requires_grad_()
+    (advantages * x - 2.0 * 0.5 * x**2).sum().backward()
+    used = penalised(advantages, planned, 2.0)
+    kept = x.grad * advantages > 0
+    assert 0.1 < kept.double().mean() < 1
+    torch.testing.assert_close(used[kept], x.grad[kept])
+    assert (used[~kept] == 0).all()
+    assert (used * advantages >= 0).all()

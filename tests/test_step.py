@@ -102,3 +102,26 @@ def test_wrong_state_and_settings_are_refused():
     two = row_gradient(tokens(0), torch.ones(5), support_rows(tokens(0), torch.tensor([0, 0, 1, 1, 1])))
     with pytest.raises(ValueError, match="several subsets"):
         AdamStep(0.1).update(two)
+
+
+def test_moments_in_bfloat16_go_on_from_a_state_bit_for_bit():
+    """Rounded at random in the order of storage, which is that in which rows were first seen."""
+
+    def gradients():
+        for first, seed in ((20, 0), (3, 1), (11, 2), (0, 3)):
+            draw = torch.Generator().manual_seed(seed)
+            hidden, logits = torch.randn(5, 4, generator=draw), torch.zeros(5, 30)
+            logits[:, first : first + 6] = 9 + torch.randn(5, 6, generator=draw)
+            layer = last_layer(hidden, logits, torch.full((5,), first), top_k=5)
+            yield row_gradient(layer, torch.randn(5, generator=draw))
+
+    through, stopped = (AdamStep(1e-2, moment_dtype=torch.bfloat16) for _ in range(2))
+    for i, gradient in enumerate(gradients()):
+        if i == 2:
+            state, stopped = stopped.state_dict(), AdamStep(1e-2, moment_dtype=torch.bfloat16)
+            stopped.load_state_dict(state)
+        through.update(gradient)
+        stopped.update(gradient)
+    assert through.state_dict()["rows"].diff().min() < 0
+    for name, tensor in through.state_dict().items():
+        assert torch.equal(stopped.state_dict()[name], tensor)

@@ -504,3 +504,37 @@ def test_a_plain_grpo_config_is_refused(build):
 def test_settings_that_cannot_work_are_named(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize("instead", [{"capo_soft": True}, {"capo_penalty": 2.0}])
+def test_weights_in_place_of_a_mask(build, instead):
+    stock = trajectory(build(GRPOTrainer, GRPOConfig))
+    trainer = build(capo_mode="mask", **SOME, **instead)
+    weighed = trajectory(trainer)
+    assert weighed[0] != stock[0]
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(0 < entry["capo/weight"] <= 1 for entry in entries)
+    assert all(entry["capo/rejection_rate"] == 0 for entry in entries)
+    assert entries[0]["capo/weight"] < 1
+    assert entries[0]["capo/batch_accepted/m_f"] != entries[0]["capo/batch/m_f"]
+
+
+@pytest.mark.parametrize("instead", [{"capo_soft": True, **OPEN}, {"capo_penalty": 1e-30}])
+def test_weights_of_one_are_trl(build, instead):
+    stock = trajectory(build(GRPOTrainer, GRPOConfig))
+    weighed = trajectory(build(capo_mode="mask", **instead))
+    assert weighed[0] == stock[0]
+    assert all(torch.equal(weighed[2][name], stock[2][name]) for name in stock[2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"capo_penalty": 0.0}, "capo_penalty=0.0 must be above 0"),
+        ({"capo_penalty": 1.0, "capo_soft": True}, "use one of them"),
+        ({"capo_soft": True, "capo_granularity": "sequence"}, "one by one"),
+    ],
+)
+def test_settings_of_weights_that_contradict_one_another(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)

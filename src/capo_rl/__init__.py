@@ -8,7 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capo_rl.alarm import Alarm as Alarm
+    from capo_rl.alarm import AlarmCallback as AlarmCallback
     from capo_rl.config import CAPOConfig as CAPOConfig
+    from capo_rl.monitor import MonitorCallback as MonitorCallback
     from capo_rl.selection import Thresholds as Thresholds
     from capo_rl.selection import select as select
     from capo_rl.shifts import Shifts as Shifts
@@ -31,6 +34,9 @@ _HOMES = {
     "select": "selection",
     "CAPOConfig": "config",
     "CAPOTrainer": "trl",
+    "MonitorCallback": "monitor",
+    "Alarm": "alarm",
+    "AlarmCallback": "alarm",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -31,6 +31,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="choose thresholds for a rejection rate or a KL, from a few monitored steps",
+        description="Watch a recipe's first steps without changing them, and choose thresholds for a target: a share "
+        "of the tokens to reject (default: 0.05), or a KL of each update. Writes a YAML fragment for the recipe, and a "
+        "picture beside it. Any field of the recipe can be given again, as for `capo train`.",
+        usage="capo calibrate RECIPE [--rejection-rate R | --kl-nats X] [--steps N] [--out FILE] [--FIELD VALUE ...]",
+        allow_abbrev=False,
+    )
+    calibrate.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    target = calibrate.add_mutually_exclusive_group()
+    target.add_argument("--rejection-rate", type=float, metavar="R", help="the share of the tokens to reject")
+    target.add_argument("--kl-nats", type=float, metavar="X", help="nats a token that no update should pass")
+    calibrate.add_argument("--steps", type=int, metavar="N", help="(default: 5 %% of the run's, in 7 to 50)")
+    calibrate.add_argument(
+        "--out", metavar="FILE", default="thresholds.yaml", help="the fragment to write (default: %(default)s)"
+    )
+    calibrate.set_defaults(run=_calibrate)
+
     bench = commands.add_parser(
         "bench",
         help="run a grid of experiments",
@@ -107,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     explain.set_defaults(run=_explain)
 
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
+    if options.run is _calibrate:
+        options.overrides = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     run: Callable[[argparse.Namespace], None] = options.run
     try:
         run(options)
@@ -130,6 +153,22 @@ def _train(options: argparse.Namespace) -> None:
     summary = train(recipe)
     if summary:
         _show(summary, recipe.training.output_dir)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+
+    from pathlib import Path
+
+    from capo_rl.calibrate import calibrate
+
+    target = {"rejection_rate": options.rejection_rate, "kl_nats": options.kl_nats}
+    if set(target.values()) == {None}:
+        target["rejection_rate"] = 0.05
+    text = calibrate(options.recipe, options.overrides, steps=options.steps, out=options.out, **target)
+    if text is not None:
+        print(text, end="")
+        print(f"# {options.out}, {Path(options.out).with_suffix('.png')}")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -327,6 +366,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {
         "capo_rl.recipe": "RecipeError",
+        "capo_rl.calibrate": "CalibrationError",
         "capo_rl.data": "DataError",
         "capo_rl.models": "ModelError",
         "capo_rl.records": "RunFolderError",

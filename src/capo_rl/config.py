@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
@@ -13,6 +14,7 @@ _CHOICES = {
     "capo_granularity": ("token", "sequence", "group", "batch"),
     "capo_step": ("adam", "sgd"),
     "capo_fisher": ("sampled", "expected"),
+    "capo_moments": ("float32", "bfloat16"),
     "capo_kl_control": ("copy", "optimizer", "learning_rate", "prediction"),
     "capo_kl_moments": ("keep", "shorten"),
 }
@@ -86,6 +88,13 @@ class CAPOConfig(GRPOConfig):
         default=50,
         metadata={"help": "Vocabulary rows kept for each token (Section 4.1); null or k >= V: the whole vocabulary."},
     )
+    capo_moments: str = field(
+        default="float32",
+        metadata={
+            "help": "How the Adam step model keeps its moments, two numbers for each weight of a row seen so far.",
+            "choices": _CHOICES["capo_moments"],
+        },
+    )
     capo_max_missing_mass: float = field(
         default=0.1,
         metadata={
@@ -106,6 +115,20 @@ class CAPOConfig(GRPOConfig):
         metadata={
             "help": "Reject the same share of the tokens with A > 0 as of those with A < 0, the worst of each first; "
             "in all as many as the thresholds would. Not in the paper."
+        },
+    )
+    capo_soft: bool = field(
+        default=False,
+        metadata={
+            "help": "In place of the mask: weigh a token that is out of bounds by what brings its own step back in. "
+            "Not in the paper."
+        },
+    )
+    capo_penalty: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of the mask: take this times m_F off each token's objective; the bounds then only count. "
+            "Not in the paper. null: off."
         },
     )
     capo_kl_budget: float | None = field(
@@ -156,57 +179,71 @@ class CAPOConfig(GRPOConfig):
     def __post_init__(self):
         if self.capo_mode is False:  # how YAML reads a bare `off`
             self.capo_mode = "off"
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        _ = self.thresholds  # refuses negative or swapped bounds
-        if self.capo_top_k is not None and self.capo_top_k < 1:
-            raise ValueError(f"capo_top_k={self.capo_top_k} must be at least 1, or null for the whole vocabulary")
-        if not 0 <= self.capo_max_missing_mass <= 1:
-            raise ValueError(f"capo_max_missing_mass={self.capo_max_missing_mass} is a probability: give it in [0, 1]")
-        if self.capo_kl_every is not None and self.capo_kl_every < 1:
-            raise ValueError(
-                f"capo_kl_every={self.capo_kl_every} must be at least 1, or null for the steps that are logged"
-            )
-        if self.capo_tokens_every is not None:
-            if self.capo_tokens_every < 1:
-                raise ValueError(f"capo_tokens_every={self.capo_tokens_every} must be at least 1, or null for never")
-            if self.capo_mode == "off":
-                raise ValueError(
-                    "capo_tokens_every records what selection makes of tokens, and capo_mode='off' looks at none: use "
-                    "capo_mode='monitor', which changes nothing"
-                )
-        if not 0 < self.capo_kl_sample <= 1:
-            raise ValueError(f"capo_kl_sample={self.capo_kl_sample} is a share of the completions: give it in (0, 1]")
-        if self.capo_fisher_nats is not None and not self.capo_fisher_nats > 0:
-            raise ValueError(f"capo_fisher_nats={self.capo_fisher_nats} must be above 0, or null for a fixed bound")
-        if self.capo_balance and self.capo_granularity != "token":
-            raise ValueError(
-                f"capo_balance=True balances tokens, and capo_granularity={self.capo_granularity!r} rejects larger "
-                "subsets: use capo_granularity='token'"
-            )
-        if self.capo_kl_budget is not None:
-            if not self.capo_kl_budget > 0:
-                raise ValueError(f"capo_kl_budget={self.capo_kl_budget} must be above 0, or null for no budget")
-            if self.capo_mode != "mask":
-                raise ValueError(
-                    f"capo_kl_budget changes the run and capo_mode={self.capo_mode!r} must not: use capo_mode='mask', "
-                    "with infinite thresholds if no token is to be rejected"
-                )
-        if self.capo_mode == "mask" and self.loss_type not in MASKABLE_LOSSES:
-            raise ValueError(
-                f"capo_mode='mask' has no denominators for loss_type={self.loss_type!r}: "
-                f"use one of {', '.join(MASKABLE_LOSSES)}, or capo_mode='monitor'"
-            )
-        if (
-            self.capo_mode == "mask"
-            and self.importance_sampling_level == "sequence"
-            and self.capo_granularity == "token"
-        ):
-            raise ValueError(
-                "capo_granularity='token' can't leave a token out of a loss with importance_sampling_level='sequence', "
-                "whose ratio every token of a sequence shares: use capo_granularity='sequence'"
-            )
+        check_capo(self)
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True runs foreign code: set it to false")
         super().__post_init__()
+
+
+def check_capo(config: Any) -> None:
+    """Raises `ValueError` for settings of CAPO's that contradict one another or TRL's, naming the field and the fix."""
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
+    _ = config.thresholds  # refuses negative or swapped bounds
+    if config.capo_top_k is not None and config.capo_top_k < 1:
+        raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
+    if not 0 <= config.capo_max_missing_mass <= 1:
+        raise ValueError(f"capo_max_missing_mass={config.capo_max_missing_mass} is a probability: give it in [0, 1]")
+    if config.capo_kl_every is not None and config.capo_kl_every < 1:
+        raise ValueError(
+            f"capo_kl_every={config.capo_kl_every} must be at least 1, or null for the steps that are logged"
+        )
+    if config.capo_tokens_every is not None:
+        if config.capo_tokens_every < 1:
+            raise ValueError(f"capo_tokens_every={config.capo_tokens_every} must be at least 1, or null for never")
+        if config.capo_mode == "off":
+            raise ValueError(
+                "capo_tokens_every records what selection makes of tokens, and capo_mode='off' looks at none: use "
+                "capo_mode='monitor', which changes nothing"
+            )
+    if not 0 < config.capo_kl_sample <= 1:
+        raise ValueError(f"capo_kl_sample={config.capo_kl_sample} is a share of the completions: give it in (0, 1]")
+    if config.capo_fisher_nats is not None and not config.capo_fisher_nats > 0:
+        raise ValueError(f"capo_fisher_nats={config.capo_fisher_nats} must be above 0, or null for a fixed bound")
+    if config.capo_balance and config.capo_granularity != "token":
+        raise ValueError(
+            f"capo_balance=True balances tokens, and capo_granularity={config.capo_granularity!r} rejects larger "
+            "subsets: use capo_granularity='token'"
+        )
+    if config.capo_penalty is not None and not config.capo_penalty > 0:
+        raise ValueError(f"capo_penalty={config.capo_penalty} must be above 0, or null for a mask")
+    if config.capo_soft or config.capo_penalty is not None:
+        if config.capo_soft and config.capo_penalty is not None:
+            raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
+        if config.capo_granularity != "token" or config.capo_balance:
+            raise ValueError(
+                "capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token', capo_balance=False"
+            )
+    if config.capo_kl_budget is not None:
+        if not config.capo_kl_budget > 0:
+            raise ValueError(f"capo_kl_budget={config.capo_kl_budget} must be above 0, or null for no budget")
+        if config.capo_mode != "mask":
+            raise ValueError(
+                f"capo_kl_budget changes the run and capo_mode={config.capo_mode!r} must not: use capo_mode='mask', "
+                "with infinite thresholds if no token is to be rejected"
+            )
+    if config.capo_mode == "mask" and config.loss_type not in MASKABLE_LOSSES:
+        raise ValueError(
+            f"capo_mode='mask' has no denominators for loss_type={config.loss_type!r}: "
+            f"use one of {', '.join(MASKABLE_LOSSES)}, or capo_mode='monitor'"
+        )
+    if (
+        config.capo_mode == "mask"
+        and config.importance_sampling_level == "sequence"
+        and config.capo_granularity == "token"
+    ):
+        raise ValueError(
+            "capo_granularity='token' can't leave a token out of a loss with importance_sampling_level='sequence', "
+            "whose ratio every token of a sequence shares: use capo_granularity='sequence'"
+        )

@@ -28,7 +28,7 @@ from capo_rl.last_layer import (
     support_rows,
 )
 from capo_rl.processes import Processes
-from capo_rl.selection import Thresholds, balanced, select
+from capo_rl.selection import Thresholds, balanced, penalised, select, soft_weights
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import describe as shift_figures
@@ -45,6 +45,8 @@ Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
 class MicroBatch:
     """The n tokens of one forward pass, with their verdicts.
 
+    `used` [n] are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
+    of them, and zero elsewhere.
     `weights` [n] is −∂loss/∂log π(a), known after the backward pass: ratio, clipping, denominators, KL term and the
     share of the micro-batch in the step are all in it.
     """
@@ -53,6 +55,7 @@ class MicroBatch:
     advantages: Tensor
     shifts: Shifts
     keep: Tensor
+    used: Tensor
     weights: Tensor | None = None
 
 
@@ -76,12 +79,15 @@ class Planner:
         fisher: str = "sampled",
         max_missing_mass: float = 1.0,
         balance: bool = False,
+        soft: bool = False,
+        penalty: float | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.step, self.thresholds = step, thresholds
         self.processes = processes or Processes()
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
         self.max_missing_mass, self.balance = max_missing_mass, balance
+        self.soft, self.penalty = soft, penalty
         self.rule: Rule | None = None
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
@@ -123,7 +129,16 @@ class Planner:
             else:
                 verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
                 keep = verdicts[subsets] & ~shifts.nonfinite
-            micro_batch = MicroBatch(layer, advantages, shifts, keep)
+            if self.soft:
+                keep = ~shifts.nonfinite
+                used = advantages * soft_weights(shifts, self.thresholds).to(advantages.dtype)
+            elif self.penalty is not None:
+                keep = ~shifts.nonfinite
+                used = penalised(advantages, shifts, self.penalty)
+            else:
+                used = advantages
+            # `where`, not a product: a rejected token's advantage may be infinite
+            micro_batch = MicroBatch(layer, advantages, shifts, keep, used.where(keep, 0))
             self.micro_batches.append(micro_batch)
             return micro_batch
 
@@ -202,15 +217,18 @@ class Planner:
             torch.cat([batch.advantages for batch in batches]),
             Shifts.cat([batch.shifts for batch in batches]),
             torch.cat([batch.keep for batch in batches]),
+            torch.cat([batch.used for batch in batches]),
             torch.cat(weights) if len(weights) == len(batches) else None,
         )
 
     def _figures(self, batch: MicroBatch, weights: Tensor | None, describe: bool) -> dict[str, float]:
         """What was rejected, over the tokens of all processes; and if asked, their shifts before and after."""
-        shifts, keep, advantages = _everyones(batch, self.processes)
+        shifts, keep, advantages, used = _everyones(batch, self.processes)
         finite = ~shifts.nonfinite
         figures = rejections(keep, advantages) | missing_mass(shifts.missing_mass, self.max_missing_mass)
         figures["capo/nonfinite_shifts"] = float((~finite).sum())
+        if self.soft or self.penalty is not None:
+            figures["capo/weight"] = _mean_weight(advantages, used)
         if describe:
             figures |= shift_figures("capo/token", shifts) | shift_figures("capo/token_accepted", shifts[keep])
             figures |= self._step_figures(batch, weights, len(keep), int(keep.sum()), int(finite.sum()))
@@ -225,20 +243,21 @@ class Planner:
         """The shifts of three steps, planned in one pass: all tokens' mean gradient (Eq. 7), that of the accepted ones,
         and the loss's own. Counts are of all processes; a token whose shifts are not finite takes no part.
         """
-        layer, advantages, keep = batch.layer, batch.advantages, batch.keep
+        layer, advantages, keep, used = batch.layer, batch.advantages, batch.keep, batch.used
         if finite < tokens:  # a weight of zero would not silence a NaN
             some = ~batch.shifts.nonfinite
-            layer, advantages, keep = layer[some], advantages[some], keep[some]
+            layer, advantages, keep, used = layer[some], advantages[some], keep[some], used[some]
             weights = None if weights is None else weights[some]
         gradients = [advantages / max(1, finite)]
-        if accepted < finite:
-            gradients.append(advantages.where(keep, 0) / max(1, accepted))
+        altered = accepted < finite or self.soft or self.penalty is not None
+        if altered:
+            gradients.append(used / max(1, accepted))
         if weights is not None:
             gradients.append(weights)
         stacked = torch.stack([gradient.to(layer.u.dtype) for gradient in gradients])
         v = subset_direction(layer, stacked, self.step, support_rows(layer).over(self.processes))
         everyone = shifts_along(v[0], layer, advantages, self.fisher)
-        chosen = everyone if accepted == finite else shifts_along(v[1], layer, advantages, self.fisher)[keep]
+        chosen = shifts_along(v[1], layer, advantages, self.fisher)[keep] if altered else everyone
         means = {
             "capo/batch/m_h": (everyone.m_h, finite),
             "capo/batch/m_f": (everyone.m_f, finite),
@@ -272,11 +291,17 @@ class Planner:
         self._seconds += time.perf_counter() - start
 
 
-def _everyones(batch: MicroBatch, processes: Processes) -> tuple[Shifts, Tensor, Tensor]:
-    """The shifts, verdicts and advantages of the tokens of all processes."""
+def _everyones(batch: MicroBatch, processes: Processes) -> tuple[Shifts, Tensor, Tensor, Tensor]:
+    """The shifts, verdicts, advantages and used advantages of the tokens of all processes."""
     if processes.count == 1:
-        return batch.shifts, batch.keep, batch.advantages
+        return batch.shifts, batch.keep, batch.advantages, batch.used
     columns = [getattr(batch.shifts, field.name) for field in fields(Shifts)]
-    table = processes.gather(torch.stack([*columns, batch.keep, batch.advantages], dim=1).to(columns[0].dtype))
-    *shifts, keep, advantages = table.unbind(1)
-    return Shifts(*shifts), keep.bool(), advantages
+    columns += [each.to(columns[0].dtype) for each in (batch.keep, batch.advantages, batch.used)]
+    *shifts, keep, advantages, used = processes.gather(torch.stack(columns, dim=1)).unbind(1)
+    return Shifts(*shifts), keep.bool(), advantages, used
+
+
+def _mean_weight(advantages: Tensor, used: Tensor) -> float:
+    """What is left of the advantages on average, over tokens that have one."""
+    some = (advantages != 0) & advantages.isfinite()
+    return float((used[some] / advantages[some]).mean()) if some.any() else math.nan

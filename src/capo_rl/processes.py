@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 class Processes:
     """The data-parallel processes of a run: those of `group`, by default all.
 
-    `bytes` counts what this process has handed in so far.
+    `bytes` counts what this process has handed in.
     """
 
     group: ProcessGroup | None = None
@@ -27,6 +27,11 @@ class Processes:
     def count(self) -> int:
         """How many there are."""
         return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
+
+    def take_bytes(self) -> int:
+        """What was handed in since the last call."""
+        taken, self.bytes = self.bytes, 0
+        return taken
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes of a tensor that has the same shape in each."""

@@ -110,6 +110,48 @@ def excess(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return out.where(~shifts.nonfinite, math.inf)
 
 
+def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Tensor:
+    """Weights in [0, 1] in place of a mask, [N]: times its weight, a token's advantage has shifts that are in bounds.
+
+        w = min(1, √(δ_F / m_F), δ_H^high / m_H or δ_H / m_H)
+
+    In a small step a token's own m_F goes with the square of its weight and its m_H with the weight, exactly so for an
+    SGD step. Zero for a NaN or infinite shift. The paper names soft masks as future work.
+
+    >>> from capo_rl.shifts import Shifts
+    >>> m_f, zero = torch.tensor([0.1, 0.5, 2.0]), torch.zeros(3)
+    >>> soft_weights(Shifts(m_h=zero, m_f=m_f, s=zero, c=zero, missing_mass=zero), Thresholds(fisher=0.5))
+    tensor([1.0000, 1.0000, 0.5000])
+    """
+    low, high = thresholds.hessian or (None, None)
+    weights = torch.ones_like(shifts.m_f)
+    if thresholds.fisher is not None:
+        weights = torch.minimum(weights, (thresholds.fisher / shifts.m_f.clamp(min=1e-38)).sqrt())
+    for value, bound in ((shifts.m_h, high), (-shifts.m_h, None if low is None else -low)):
+        if bound is not None:
+            weights = torch.minimum(weights, (max(bound, 0.0) / value.clamp(min=1e-38)).where(value > 0, 1))
+    return weights.where(~shifts.nonfinite, 0)
+
+
+def penalised(advantages: Tensor, shifts: Shifts, penalty: float) -> Tensor:
+    """Advantages in place of a mask, of an objective less `penalty` · m_F for each token, [N].
+
+    m_F = ½ s², where s is the planned change of log π(a), so the gradient of A log π'(a) − λ m_F at the planned step is
+    that of (A − λ s) log π'(a): a token that the step would move too far is pulled back, in proportion. A token's own
+    step is never turned round: what is left has A's sign or is zero. Zero for a NaN or infinite shift. The paper names
+    regularization as future work.
+
+    >>> from capo_rl.shifts import Shifts
+    >>> s, zero = torch.tensor([0.1, 0.5, -0.1]), torch.zeros(3)
+    >>> shifts = Shifts(m_h=zero, m_f=0.5 * s**2, s=s, c=zero, missing_mass=zero)
+    >>> penalised(torch.tensor([1.0, 1.0, -1.0]), shifts, penalty=4.0)
+    tensor([ 0.6000,  0.0000, -0.6000])
+    """
+    less = advantages - penalty * shifts.s.to(advantages.dtype)
+    kept = less * advantages.sign()
+    return (kept.clamp(min=0) * advantages.sign()).where(~shifts.nonfinite, 0)
+
+
 def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor, processes: Processes | None = None) -> Tensor:
     """What to multiply advantages by so that a loss's mean over all tokens becomes its mean over accepted ones.
 

@@ -206,7 +206,8 @@ def subset_direction(
     size = max(1, tile_elements(v.device) // max(1, d))
     for pairs in blocks(len(rows.rows), size):
         planned = [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients]
-        for some in blocks(int(rows.start[pairs.stop]), tokens * k if shared else size, int(rows.start[pairs.start])):
+        first, last = int(rows.start[pairs.start]), int(rows.start[pairs.stop])
+        for some in blocks(last, max(1, last - first) if shared else size, first):
             entries = rows.order[some]
             at, token = pair[entries] - pairs.start, entries // k
             if shared:

@@ -147,8 +147,9 @@ class AdamStep:
         self._p *= fraction
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The moments by row and the number of steps, as tensors."""
+        """The moments by row, in the order they are stored in, and the number of steps, as tensors."""
         rows = self.rows
+        rows = rows[self._slot[rows].argsort()]
         p, q = self.moments(rows)
         return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)}
 

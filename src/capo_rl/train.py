@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed
 from datasets import Dataset, disable_progress_bars
 from tqdm.auto import tqdm
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from trl import get_peft_config
 
+from capo_rl.checkpoints import ASIDE, STOPPED, FiniteWeights, StopWhenTold, WholeCheckpoints, resume_point
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
@@ -28,7 +31,6 @@ from capo_rl.plots import draw_run
 from capo_rl.recipe import Recipe, RecipeError, settings
 from capo_rl.records import (
     check_folder,
-    last_checkpoint,
     read_metrics,
     rewind_metrics,
     start_run,
@@ -45,8 +47,9 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe, or go on with it from its last checkpoint, and return its summary.
 
-    A run that is over already is not run again. Everything that can be wrong with the recipe, its folder and its data
-    is found before the model loads.
+    A run that is over already is not run again. Everything that can be wrong with the recipe, its folder, its last
+    checkpoint and its data is found before the model loads. After SIGTERM the run writes a checkpoint and leaves with
+    `SystemExit` of status 143.
     """
     args = recipe.training
     folder, asked = Path(args.output_dir), settings(recipe)
@@ -55,13 +58,28 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
         return summarize(read_metrics(folder))
+    checkpoint = resume_point(folder)
+    if args.use_cpu and args.world_size > 1:  # transformers passes ddp_timeout on for other devices only
+        torch.distributed.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
 
     trainer, dropped = make_trainer(recipe)
-    trainer.add_callback(Record(folder))
+    record = Record(folder)
+    trainer.add_callback(record)
+    trainer.add_callback(FiniteWeights())
+    stop = StopWhenTold()
+    trainer.add_callback(stop)
     if trainer.is_world_process_zero():
         start_run(folder, asked)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        shutil.rmtree(folder / ASIDE, ignore_errors=True)  # of a run that was killed while it wrote
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        record.close()  # or its line of progress is drawn once more below an error's message
 
+    if stop.told and trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        logger.warning("%s: told to stop; step %d is in its checkpoint, and the same command goes on", folder, step)
+        raise SystemExit(STOPPED)
     if not trainer.is_world_process_zero():
         return {}
     entries = read_metrics(folder)
@@ -102,7 +120,7 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         attn_implementation=recipe.model.attn_implementation,
         revision=recipe.model.model_revision,
     )
-    trainer = CAPOTrainer(
+    trainer = WholeCheckpoints(
         model=model,
         reward_funcs=accuracy_reward,
         args=args,
@@ -177,6 +195,10 @@ class Record(TrainerCallback):
             self.bar.set_postfix_str(_postfix(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """End the line of progress; a second time does nothing."""
         if self.bar is not None:
             self.bar.close()
 
@@ -187,4 +209,4 @@ def _postfix(logs: Mapping[str, float]) -> str:
         ("rejected", "capo/rejection_rate", "{:.1%}"),
         ("KL", "capo/kl/measured", "{:.1e}"),
     )
-    return " ".join(f"{name} {form.format(logs[key])}" for name, key, form in shown if key in logs)
+    return " ".join(f"{name} {form.format(logs[key])}" for name, key, form in shown if logs.get(key) is not None)

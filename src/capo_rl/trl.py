@@ -12,6 +12,7 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,10 @@ from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import CONTROLS, shorten_momentum
 
 STATE_FILE = "capo_state.safetensors"
+# Rollouts that are still to be trained on, of each process its own.
+ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
+
+logger = logging.getLogger(__name__)
 
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
@@ -78,6 +83,11 @@ class CAPOTrainer(GRPOTrainer):
         elif reward_funcs is not None:
             reward_funcs = _guarded(reward_funcs)
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Set up what selection needs beside TRL's own."""
+        args = self.args
         self.planner: Planner | None = None
         self._completions = 0
         self._clip = 1.0
@@ -100,12 +110,14 @@ class CAPOTrainer(GRPOTrainer):
                 fisher=args.capo_fisher,
                 max_missing_mass=args.capo_max_missing_mass,
                 balance=args.capo_balance,
+                soft=args.capo_soft,
+                penalty=args.capo_penalty,
             )
             self.add_callback(_AroundTheStep(self))
-        if self.is_deepspeed_enabled and args.capo_kl_budget and args.capo_kl_control in ("copy", "optimizer"):
+        if self.is_deepspeed_enabled and args.capo_kl_budget and args.capo_kl_control != "learning_rate":
             raise ValueError(
-                f"capo_kl_control={args.capo_kl_control!r} moves the weights, and DeepSpeed keeps those that count "
-                "to itself: use 'learning_rate' or 'prediction'"
+                f"capo_kl_control={args.capo_kl_control!r} moves weights or the learning rate of a step that DeepSpeed "
+                "has taken already: use 'learning_rate', which sets the next step's"
             )
 
     # ---- rollouts: REINFORCE's advantage, group numbers, counts -------------------------------------------------
@@ -201,8 +213,8 @@ class CAPOTrainer(GRPOTrainer):
         if masked:
             keep = mask.clone()
             keep[mask] = planned.keep
-            # `where`, not a product: a rejected token's advantage may be infinite
-            advantages = advantages.where(keep | ~mask, 0)
+            advantages = advantages.clone()
+            advantages[mask] = planned.used
             inputs["advantages"] = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
 
         def watch(gradient: Tensor) -> None:
@@ -301,7 +313,9 @@ class CAPOTrainer(GRPOTrainer):
         """Advance the step model, or skip a step that has nothing left in it, or whose moments no budget could mend."""
         assert self.planner is not None
         unusable = self._budget is not None and not self._finite
-        if unusable or (self.args.capo_mode == "mask" and self.planner.rejects_everything):
+        rejected = self.args.capo_mode == "mask" and self.planner.rejects_everything
+        # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
+        if (unusable or rejected) and not self.is_deepspeed_enabled:
             # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
             self.model.zero_grad(set_to_none=True)
             figures = self.planner.skip(self._to_log)
@@ -346,6 +360,8 @@ class CAPOTrainer(GRPOTrainer):
             figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
             figures["capo/kl/seconds"] = time.perf_counter() - start
         self._record_tokens(planner)
+        if planner.processes.count > 1:
+            figures["capo/bytes"] = float(planner.processes.take_bytes())
         self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
 
@@ -398,44 +414,49 @@ class CAPOTrainer(GRPOTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        process = self.accelerator.process_index
+        # In the middle of a generation batch the rest of it is still to be trained on.
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            rollouts = {
+                f"{i}.{name}": tensor
+                for i, inputs in enumerate(self._buffered_inputs)
+                for name, tensor in inputs.items()
+                if isinstance(tensor, Tensor)
+            }
+            _save(Path(output_dir, ROLLOUTS_FILE.format(process=process)), rollouts, {})
         if not self.args.should_save:
             return
+        # The same in every process, so one of them writes it.
         tensors: dict[str, Tensor] = {}
-        counters = {"completions": self._completions, "micro_steps": self._step}
+        counters: dict[str, Any] = {
+            "completions": self._completions,
+            "micro_steps": self._step,
+            "processes": self.accelerator.num_processes,
+        }
         if self.planner is not None:
-            tensors |= {f"step.{name}": tensor for name, tensor in self.planner.step.state_dict().items()}
+            tensors = self.planner.step.state_dict()
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
                 "steps_skipped": self.planner.steps_skipped,
                 "ratio": self._ratio.state_dict(),
                 "budget": {} if self._budget is None else self._budget.state_dict(),
             }
-        # In the middle of a generation batch the rest of it is still to be trained on.
-        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            for i, inputs in enumerate(self._buffered_inputs):
-                tensors |= {f"rollout.{i}.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)}
-        path = Path(output_dir) / STATE_FILE
-        with written_whole(path) as unfinished:
-            save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                unfinished,
-                metadata={"counters": json.dumps(counters)},
-            )
+        _save(Path(output_dir, STATE_FILE), tensors, counters)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / STATE_FILE
+        path = Path(checkpoint, STATE_FILE)
         if not path.exists():
+            if self.args.capo_mode == "monitor":
+                logger.warning("%s is missing: the step model's moments start from zero, and are off for a while", path)
+                return
             raise FileNotFoundError(
                 f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
                 "without resuming, pass the folder as the model"
             )
-        device = self.accelerator.device
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            counters = json.loads(file.metadata()["counters"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, counters = _load(path, self.accelerator.device)
         self._completions, self._step = counters["completions"], counters["micro_steps"]
         if self.planner is not None:
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
@@ -443,16 +464,24 @@ class CAPOTrainer(GRPOTrainer):
             self._ratio.load_state_dict(counters.get("ratio", {}))
             if self._budget is not None:
                 self._budget.load_state_dict(counters.get("budget", {}))
-            self.planner.step.load_state_dict(
-                {name.removeprefix("step."): x for name, x in tensors.items() if name.startswith("step.")}
+            self.planner.step.load_state_dict(tensors)
+        if counters["processes"] != self.accelerator.num_processes:
+            self._step = 0  # a generation batch starts here
+            logger.warning(
+                "%s was written by %d processes and goes on with %d: weights, moments and counters are the same; "
+                "completions that were not trained on yet are generated anew, and random numbers differ",
+                checkpoint,
+                counters["processes"],
+                self.accelerator.num_processes,
             )
-        rollout: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("rollout."):
-                _, i, key = name.split(".", 2)
-                rollout.setdefault(int(i), {})[key] = tensor
-        if rollout:
-            self._buffered_inputs = [rollout[i] for i in sorted(rollout)]
+            return
+        path = Path(checkpoint, ROLLOUTS_FILE.format(process=self.accelerator.process_index))
+        if path.exists():
+            rollouts: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _load(path, self.accelerator.device)[0].items():
+                i, key = name.split(".", 1)
+                rollouts.setdefault(int(i), {})[key] = tensor
+            self._buffered_inputs = [rollouts[i] for i in sorted(rollouts)]
 
 
 @dataclass(frozen=True)
@@ -486,9 +515,29 @@ class _AroundTheStep(TrainerCallback):
 
 
 _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
-    "adam": lambda args: AdamStep(args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon),
+    "adam": lambda args: AdamStep(
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        torch.bfloat16 if args.capo_moments == "bfloat16" else None,
+    ),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
+
+
+def _save(path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+    with written_whole(path) as unfinished:
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            unfinished,
+            metadata={"counters": json.dumps(counters)},
+        )
+
+
+def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return tensors, json.loads(file.metadata()["counters"])
 
 
 def _mean(values: Tensor) -> float:

@@ -1,0 +1,160 @@
+"""Which versions the trainer works with: for each row a fresh environment, the trainer's tests in it, and the table.
+
+    python scripts/compatibility.py --envs /tmp/envs [--rows trl-1.15 torch-2.6]
+
+Rows that have a result in results/compatibility/ are left as they are, unless they are named; then the table in
+docs/compatibility.md is written from all results. What a row does not name is the newest that fits, as a user would
+get it today, but for torch, which is that of constraints.txt. An environment has 1.5 GB (6 where torch comes with CUDA)
+and is removed when its row is done. The checkout itself is installed without its own bounds, which are what is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "results" / "compatibility", ROOT / "docs" / "compatibility.md"
+TESTS = [f"tests/test_{name}.py" for name in ("trl", "resume", "trust_region", "distributed", "train", "models")]
+ROWS: dict[str, dict[str, str]] = {
+    "trl-1.16": {"trl": "1.16.0"},
+    "trl-1.15": {"trl": "1.15.0", "triton": "3.6.0"},  # which it imports on a CPU too
+    "trl-1.14": {"trl": "1.14.2"},
+    "trl-1.13": {"trl": "1.13.0"},
+    "trl-1.10": {"trl": "1.10.0"},
+    "trl-1.7": {"trl": "1.7.1"},
+    "trl-1.6": {"trl": "1.6.0"},
+    "transformers-5.20": {"trl": "1.16.0", "transformers": "5.20.2"},
+    "transformers-5.10": {"trl": "1.16.0", "transformers": "5.10.4"},
+    "transformers-5.3": {"trl": "1.16.0", "transformers": "5.3.0"},
+    "transformers-5.2": {"trl": "1.16.0", "transformers": "5.2.0"},
+    "torch-2.14": {"trl": "1.16.0", "torch": "2.14.1"},
+    "torch-2.6": {"trl": "1.16.0", "torch": "2.6.0"},
+}
+SHOWN = ("trl", "transformers", "torch", "accelerate", "peft", "datasets", "numpy")
+
+
+def requirements(row: dict[str, str]) -> list[str]:
+    """What pip is asked for: the project's dependencies, with the row's versions in place of its bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = [tool for tool in project["optional-dependencies"]["dev"] if re.match("pytest|hypothesis", tool)]
+    asked = [f"{name}=={version}" for name, version in row.items()]
+    return asked + [
+        each
+        for each in project["dependencies"] + tools
+        if re.match(r"[\w-]+", each)[0] not in row  # type: ignore[index]
+    ]
+
+
+def try_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Build the environment of a row, run the tests in it, and say what came of it."""
+    python = folder / "bin" / "python"
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pinned = [] if "torch" in row else [next(filter(re.compile("torch==").match, _lines(ROOT / "constraints.txt")))]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    for arguments in ([*pinned, *requirements(row)], ["--no-deps", "--editable", str(ROOT)]):
+        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            return {"asked": row, "verdict": "can't be installed", "causes": dict.fromkeys(errors[:3], 1)}
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {SHOWN}}}))"
+    found = json.loads(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout)
+    report = folder / "report.xml"
+    # Warnings are errors in the project's own environment; those of other versions are their authors' to mend.
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--show-capture=no",
+        "-o",
+        "filterwarnings=default",
+        "--junitxml",
+        report,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [python, "-m", "pytest", *options, *TESTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    outcome = (
+        read_report(report)
+        if report.exists()
+        else {"verdict": "fails", "causes": dict.fromkeys(done.stderr.splitlines()[-1:], 1)}  # not one test began
+    )
+    return {"asked": row, "versions": found, **outcome}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Counts of a pytest run, and its failures by the first line of their messages, from its JUnit XML."""
+    suite = ET.parse(path).getroot().find("testsuite")
+    assert suite is not None
+    count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"]
+    causes = Counter(
+        (case.get("message") or case.text or "").strip().splitlines()[-1 if case.tag == "error" else 0][:300]
+        for case in suite.iter()
+        if case.tag in ("failure", "error")
+    )
+    return {
+        "verdict": "fails" if failed or not count["tests"] else "works",
+        "passed": count["tests"] - failed - count["skipped"],
+        "failed": failed,
+        "skipped": count["skipped"],
+        "seconds": round(float(suite.get("time", 0))),
+        "causes": dict(causes.most_common(5)),
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The rows as Markdown, in the order of `ROWS`; a row without a result says so."""
+    lines = [f"| row | {' | '.join(SHOWN[:4])} | passed | failed | verdict |", "|---|" + "---|" * 7]
+    for name, row in ROWS.items():
+        result = results.get(name, {"verdict": "not tried"})
+        versions = result.get("versions", row)
+        cells = [*(versions.get(each, "–") for each in SHOWN[:4])]
+        cells += [str(result.get("passed", "–")), str(result.get("failed", "–")), result["verdict"]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_page(results: dict[str, dict[str, Any]]) -> None:
+    """Put the table between the page's two marks."""
+    begin, end = "<!-- written by scripts/compatibility.py -->\n", "\n<!-- until here -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    PAGE.write_text(before + begin + table(results) + end + rest.partition(end)[2], encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run the trainer's tests with other versions of its libraries.")
+    parser.add_argument("--envs", type=Path, required=True, help="a folder for the environments, 1.5 to 6 GB at a time")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these rows, again if they have a result")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in options.rows or [name for name in ROWS if not (RESULTS / f"{name}.json").exists()]:
+        result = try_row(ROWS[name], options.envs / name)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(options.envs / name, ignore_errors=True)
+        print(f"{name}: {result['verdict']}", result.get("passed", ""), result.get("causes") or "", flush=True)
+    write_page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")})
+
+
+if __name__ == "__main__":
+    main()

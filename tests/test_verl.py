@@ -1,0 +1,658 @@
+"""The verl adapter on a CPU: verl's own FSDP engine, loss, workers and Ray, with the tiny model.
+
+verl is no dependency of the tests: without it only the first ones run. docs/verl.md says how to install it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import capo_rl
+from capo_rl import CAPOTrainer
+from conftest import make_model, make_tokenizer
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent / "recipes" / "verl"
+HAS_VERL = importlib.util.find_spec("verl") is not None
+needs_verl = pytest.mark.skipif(not HAS_VERL, reason="verl is not installed (docs/verl.md)")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of verl, Ray and torch to one another
+
+if HAS_VERL:
+    os.environ |= {"VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": "verl_cpu,capo_rl.verl"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import verl  # noqa: F401 (which loads capo_rl.verl by its own setting)
+        from verl.trainer.config import CheckpointConfig
+        from verl.utils import tensordict_utils
+        from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+        from verl.workers.engine.base import EngineRegistry
+        from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+        from verl.workers.utils.losses import ppo_loss
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
+
+OPEN = {"fisher_threshold": None, "hessian_low": None, "hessian_high": None}
+NARROW = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
+
+
+# ---- without verl ----------------------------------------------------------------------------------------------------
+
+
+def test_without_verl_the_error_names_the_extra():
+    code = "import sys; sys.modules['verl'] = None; import capo_rl.verl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: capo_rl.verl needs verl" in done.stderr
+    assert "capo-rl[verl]" in done.stderr
+
+
+def test_no_other_module_imports_verl():
+    package = Path(capo_rl.__file__).parent
+    assert (package / "verl.py").exists()
+    others = [file for file in package.rglob("*.py") if file != package / "verl.py"]
+    assert not [file for file in others if "import verl" in (text := file.read_text()) or "from verl" in text]
+
+
+# ---- an engine and a batch -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A process group of one, as verl's engine needs it."""
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def engine(tmp_path, one_process):
+    """`engine(capo={...})`: verl's FSDP engine with CAPO on the tiny model, and verl's loss with the same settings."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+
+    def engine(kind=None, capo=None, remove_padding=True, optimizer=None, model=None, precision="fp32", **actor):
+        built = watched(kind or CAPOEngine)(
+            HFModelConfig(
+                path=str(tmp_path / "model"),
+                use_remove_padding=remove_padding,
+                override_config={"attn_implementation": "sdpa"},
+                **({"enable_gradient_checkpointing": False} | (model or {})),
+            ),
+            engine_config(precision),
+            FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10, **(optimizer or {})),
+            CheckpointConfig(),
+        )
+        built.initialize()
+        return built, partial(ppo_loss, config=actor_config(capo, **actor))
+
+    return engine
+
+
+def engine_config(precision="fp32"):
+    precision = {"param_dtype": precision, "reduce_dtype": "fp32"}
+    return FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False)
+
+
+def actor_config(capo=None, **fields):
+    fields = {"strategy": "fsdp2", "rollout_n": 4, "ppo_micro_batch_size_per_gpu": 4} | fields
+    return FSDPActorConfig(**fields) if capo is None else CAPOActorConfig(capo=capo, **fields)
+
+
+def watched(kind):
+    """The engine, which also notes what it had before each optimizer step."""
+
+    class Watched(kind):
+        def initialize(self):
+            super().initialize()
+            self.verdicts, self.weights, self.gradients = [], [], []
+
+        def optimizer_step(self):
+            planner = getattr(self, "planner", None)
+            if planner is not None:
+                self.verdicts.append([batch.keep for batch in planner.micro_batches])
+                self.weights.append([batch.weights for batch in planner.micro_batches])
+            gradients = (weight.grad for weight in self.module.parameters() if weight.requires_grad)
+            self.gradients.append([gradient.full_tensor().clone() for gradient in gradients])
+            return super().optimizer_step()
+
+    return Watched
+
+
+def make_batch(seed=0, sequences=8, **changes):
+    """A mini-batch of random tokens, with lengths and advantages that differ, in verl's padded form."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts, responses = (torch.randint(3, 32, (sequences, n), generator=draw) for n in (3, 6))
+    lengths = torch.randint(2, 7, (sequences, 1), generator=draw)
+    return {
+        "prompts": prompts,
+        "responses": responses,
+        "response_mask": (torch.arange(6) < lengths).long(),
+        "advantages": torch.randn(sequences, 1, generator=draw).expand(-1, 6).contiguous(),
+    } | changes
+
+
+def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batch=4, entropy=False):
+    """What verl's trainer makes of a batch before it hands it to the engine."""
+    mask = batch["response_mask"]
+    attended = batch.get("attended", mask)  # the response's tokens, which the loss may leave out
+    prompt_mask = torch.ones_like(batch["prompts"])
+    attention_mask = torch.cat([prompt_mask, attended], dim=1)
+    tensors = {
+        "input_ids": torch.cat([batch["prompts"], batch["responses"]], dim=1),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        "prompts": batch["prompts"],
+        "responses": batch["responses"],
+        "response_mask": mask,
+        "advantages": batch["advantages"],
+        "old_log_probs": batch.get("old_log_probs", torch.zeros(mask.shape)),
+    }
+    settings = {
+        "global_batch_size": len(mask),
+        "use_remove_padding": remove_padding,
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": micro_batch,
+        "use_fused_kernels": False,
+        "calculate_entropy": entropy,
+        **({} if nested else {"max_response_len": mask.shape[1]}),
+    }
+    if "ref_log_prob" in batch:
+        tensors["ref_log_prob"] = batch["ref_log_prob"]
+    (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature
+    data = tensordict_utils.get_tensordict(tensors, settings)
+    for name in ("input_ids", "position_ids"):
+        data[name] = jagged(data[name], attention_mask.sum(1))
+    data["loss_mask"] = mask
+    if nested:  # as verl's newer trainer keeps them
+        lengths = mask.sum(1)
+        for name in ("advantages", "old_log_probs", "responses", "response_mask", "loss_mask"):
+            data[name] = jagged(data[name], lengths)
+        data["prompts"] = jagged(batch["prompts"], torch.full_like(lengths, batch["prompts"].shape[1]))
+    return data
+
+
+def jagged(rows, lengths):
+    """The first `lengths` [B] entries of each of the rows [B, T]."""
+    values = torch.cat([row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)])
+    return torch.nested.nested_tensor_from_jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+
+def with_old_log_probs(engine, batch, **how):
+    """The batch with log π as verl's trainer has it before an update: from the engine's own forward pass."""
+    data = packed(batch, **how)
+    with engine.eval_mode():
+        log_probs = engine.infer_batch(data)["model_output"]["log_probs"]
+    return batch | {"old_log_probs": no_padding_2_padding(log_probs, packed(batch, **how))}
+
+
+def train(engine, loss, batches, **how):
+    """One optimizer step for each batch; returns what verl would log."""
+    outputs = []
+    for batch in batches:
+        with engine.train_mode():
+            outputs.append(engine.train_batch(packed(batch, **how), loss))
+        engine.lr_scheduler_step()
+    return outputs
+
+
+def weights_of(engine):
+    # of one process `full_tensor` is the weight itself
+    return {name: each.full_tensor().clone() for name, each in engine.module.state_dict().items()}
+
+
+# ---- loading and settings --------------------------------------------------------------------------------------------
+
+
+@needs_verl
+def test_verl_loads_the_engine_by_its_own_setting():
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp") is CAPOEngine
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp2") is CAPOEngine
+    code = "import sys, verl; print('capo_rl.verl' in sys.modules)"
+    for modules, loaded in ((os.environ.get("VERL_USE_EXTERNAL_MODULES", ""), "True"), ("verl_cpu", "False")):
+        given = os.environ | {"VERL_USE_EXTERNAL_MODULES": modules, "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=given)
+        assert done.stdout.split()[-1:] == [loaded], done.stderr[-2000:]
+
+
+@needs_verl
+def test_settings_have_the_defaults_of_the_trl_adapter():
+    from dataclasses import fields
+
+    from capo_rl import CAPOConfig
+
+    for field in fields(CAPOSettings):
+        assert field.default == CAPOConfig.__dataclass_fields__[f"capo_{field.name}"].default, field.name
+
+
+@needs_verl
+def test_settings_survive_verls_config_tree():
+    from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
+
+    with initialize_config_dir(str(RECIPE), version_base=None):
+        config = compose("capo_aggressive", ["actor_rollout_ref.actor.capo.fisher_threshold=1e-5"])
+        actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        off = compose("capo_aggressive", ["actor_rollout_ref.actor.capo.mode=off"])
+    assert isinstance(actor, CAPOActorConfig)
+    assert actor.capo == CAPOSettings(fisher_threshold=1e-5)
+    assert (actor.optim.lr, actor.loss_agg_mode, actor.fsdp_config.strategy) == (
+        1.5e-5,
+        "seq-mean-token-mean",
+        "fsdp2",
+    )
+    assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.mode == "off"
+
+
+@needs_verl
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, fisher_threshold"),
+        ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask"),
+        ({"capo": {"top_k": 0}}, "actor.capo.top_k=0 must be at least 1"),
+        ({"capo": {"max_missing_mass": 2}}, "actor.capo.max_missing_mass=2 is a probability"),
+        ({"capo": {"hessian_low": 1, "hessian_high": 0}}, "swap them"),
+        ({"strategy": "veomni"}, "actor.strategy='veomni' is not FSDP"),
+        ({"ulysses_sequence_parallel_size": 2}, "actor.ulysses_sequence_parallel_size=2 splits a sequence"),
+        ({"use_fused_kernels": True}, "actor.use_fused_kernels=True hides the output head"),
+        ({"use_prefix_grouper": True}, "actor.use_prefix_grouper=True"),
+        ({"policy_loss": {"loss_mode": "gspo"}}, "actor.policy_loss.loss_mode='gspo'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_runs(settings, message):
+    from verl.workers.config import PolicyLossConfig
+
+    if "policy_loss" in settings:
+        settings = {"policy_loss": PolicyLossConfig(**settings["policy_loss"])}
+    with pytest.raises(ValueError, match="(?s)" + message.replace("(", r"\(")):
+        actor_config(settings.pop("capo", {}), **settings)
+
+
+@needs_verl
+def test_another_engine_for_this_device_is_an_error(monkeypatch):
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    with pytest.raises(ValueError, match="selects verl's FSDPEngineWithLMHead here"):
+        actor_config({})
+
+
+@needs_verl
+def test_a_loss_without_settings_is_an_error(engine):
+    built, loss = engine(capo=None)
+    with pytest.raises(RuntimeError, match=r"came without its settings: set actor_rollout_ref\.actor\._target_"):
+        train(built, loss, [make_batch()])
+
+
+# ---- it changes nothing, or the right thing --------------------------------------------------------------------------
+
+
+@needs_verl
+@pytest.mark.parametrize("remove_padding", [True, False])
+@pytest.mark.parametrize("capo", [{"mode": "off"}, {"mode": "monitor"}, OPEN])
+def test_watching_and_open_thresholds_are_verl_bit_for_bit(engine, capo, remove_padding):
+    batches = [make_batch(seed) for seed in range(3)]
+    runs = []
+    for kind, settings in ((FSDPEngineWithLMHead, None), (CAPOEngine, capo)):
+        built, loss = engine(kind, settings, remove_padding, entropy_coeff=0.0, use_kl_loss=False)
+        outputs = train(built, loss, batches, remove_padding=remove_padding)
+        runs.append((built, [(out["loss"], out["metrics"]["grad_norm"]) for out in outputs]))
+    (plain, plain_losses), (watching, losses) = runs
+    assert losses == plain_losses
+    for one, other in zip(plain.gradients, watching.gradients, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(each, weights_of(watching)[name]) for name, each in weights_of(plain).items())
+    assert bool(watching.verdicts) == (capo.get("mode") != "off")
+
+
+@needs_verl
+@pytest.mark.parametrize(
+    "aggregation", ["token-mean", "token-sum", *("seq-mean-token-" + x for x in ("mean", "sum", "sum-norm"))]
+)
+def test_a_masked_step_is_verls_step_on_the_accepted_tokens(engine, aggregation):
+    """The gradient equals that of verl's own engine whose response mask leaves out the rejected tokens."""
+    batch = make_batch()
+    masked, loss = engine(capo=OPEN | {"fisher_threshold": 0.04}, loss_agg_mode=aggregation)
+    train(masked, loss, [batch], micro_batch=8)
+    keep = batch["response_mask"].bool()
+    keep[keep.clone()] = masked.verdicts[0][0]
+    assert 0 < keep.sum() < batch["response_mask"].sum()
+    assert all(keep.any(dim=1))  # else verl would still divide by that sequence's tokens
+    plain, loss = engine(FSDPEngineWithLMHead, loss_agg_mode=aggregation)
+    accepted = batch | {"response_mask": keep.long(), "attended": batch["response_mask"]}
+    train(plain, loss, [accepted], micro_batch=8)
+    for one, other in zip(masked.gradients[0], plain.gradients[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+@needs_verl
+@pytest.mark.parametrize("loss_mode", ["vanilla", "dppo_tv", "dppo_kl", "gpg", "cispo"])
+def test_a_rejected_token_has_no_weight_in_any_maskable_loss(engine, loss_mode):
+    from verl.workers.config import PolicyLossConfig
+
+    built, loss = engine(capo=NARROW, policy_loss=PolicyLossConfig(loss_mode=loss_mode))
+    assert loss_mode in MASKABLE_LOSSES
+    train(built, loss, [with_old_log_probs(built, make_batch())])
+    for keep, weights in zip(built.verdicts[0], built.weights[0], strict=True):
+        assert not weights[~keep].any()
+        assert weights[keep].all()
+
+
+@needs_verl
+def test_nested_and_padded_batches_are_the_same(engine):
+    states = []
+    for nested in (False, True):
+        built, loss = engine(capo=NARROW)
+        train(built, loss, [make_batch(seed) for seed in range(2)], nested=nested)
+        states.append((built.verdicts, weights_of(built)))
+    (verdicts, weights), (nested_verdicts, nested_weights) = states
+    for step, nested_step in zip(verdicts, nested_verdicts, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(step, nested_step, strict=True))
+    assert all(torch.equal(each, nested_weights[name]) for name, each in weights.items())
+
+
+@needs_verl
+def test_the_moments_are_the_optimizers_own(engine):
+    """The head is untied and the vocabulary whole: the step model's moments are AdamW's at `lm_head`."""
+    built, loss = engine(capo=NARROW | {"top_k": None}, optimizer={"clip_grad": 0.01})
+    outputs = train(built, loss, [make_batch(seed) for seed in range(4)])
+    assert max(out["metrics"]["grad_norm"] for out in outputs) > 0.01
+    state = built.optimizer.state[built.module.lm_head.weight]
+    p, q = built.planner.step.moments(torch.arange(32))
+    # of the ascent, so with the other sign
+    torch.testing.assert_close(-p, state["exp_avg"].full_tensor(), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(q, state["exp_avg_sq"].full_tensor(), rtol=1e-3, atol=1e-10)
+
+
+@needs_verl
+@pytest.mark.parametrize(
+    ("how", "capo"),
+    [
+        ({"precision": "bf16"}, NARROW),
+        ({"model": {"enable_gradient_checkpointing": True}}, NARROW),
+        ({"model": {"lora_rank": 4}}, NARROW),
+        ({"entropy_coeff": 0.01}, NARROW),
+        ({}, OPEN | {"mode": "monitor", "fisher": "expected", "top_k": 5}),
+    ],
+    ids=["bf16", "checkpointing", "lora", "entropy", "expected"],
+)
+def test_it_trains_with(engine, how, capo):
+    built, loss = engine(capo=capo, **how)
+    before = weights_of(built)
+    outputs = train(built, loss, [make_batch(seed) for seed in range(3)], entropy="entropy_coeff" in how)
+    assert any(not torch.equal(each, before[name]) for name, each in weights_of(built).items())
+    assert all(0 <= out["metrics"]["capo/rejection_rate"][0] <= 1 for out in outputs)
+    assert built.planner.step.steps == 3
+    assert built.planner.accepted_tokens > 0
+
+
+@needs_verl
+def test_a_kl_penalty_leaves_rejected_tokens_a_gradient(engine):
+    built, loss = engine(capo=NARROW, use_kl_loss=True)
+    train(built, loss, [make_batch(ref_log_prob=torch.full((8, 6), -3.0))])
+    keep, weights = torch.cat(built.verdicts[0]), torch.cat(built.weights[0])
+    assert weights[~keep].any()
+
+
+@needs_verl
+def test_a_step_with_every_token_rejected_is_skipped(engine):
+    built, loss = engine(capo=OPEN)
+    train(built, loss, [make_batch()])
+    weights, moments = weights_of(built), built.planner.step.state_dict()
+    built.planner.thresholds = CAPOSettings(fisher_threshold=0.0).thresholds
+    (out,) = train(built, loss, [make_batch(1)])
+    assert out["metrics"]["capo/rejection_rate"] == [1.0]
+    assert out["metrics"]["capo/steps_skipped"] == [1.0]
+    assert out["metrics"]["grad_norm"] == 0.0
+    assert all(torch.equal(each, weights_of(built)[name]) for name, each in weights.items())
+    assert all(torch.equal(each, moments[name]) for name, each in built.planner.step.state_dict().items())
+
+
+@needs_verl
+def test_a_gradient_that_is_not_finite_leaves_the_moments(engine):
+    built, loss = engine(capo={"mode": "monitor"})
+    train(built, loss, [make_batch()])
+    moments = built.planner.step.state_dict()
+    broken = make_batch(1)
+    broken["advantages"][0] = torch.inf
+    (out,) = train(built, loss, [broken])
+    assert out["metrics"]["capo/nonfinite_shifts"] > [0.0]
+    assert all(torch.equal(each, moments[name]) for name, each in built.planner.step.state_dict().items())
+
+
+# ---- nothing goes wrong in silence -----------------------------------------------------------------------------------
+
+
+@needs_verl
+def test_a_head_that_is_not_called_is_an_error(engine):
+    built, loss = engine(capo={})
+    built.module.get_output_embeddings = lambda: torch.nn.Linear(16, 32)
+    with pytest.raises(RuntimeError, match="fired 0 times in one forward pass instead of once"):
+        train(built, loss, [make_batch()])
+
+
+@needs_verl
+def test_something_between_the_head_and_the_loss_is_an_error(engine):
+    built, loss = engine(capo={})
+
+    def sharpen(module, args, output):
+        output.logits = 2 * output.logits
+        return output
+
+    built.module.register_forward_hook(sharpen)
+    with pytest.raises(RuntimeError, match="something lies between the head and the loss"):
+        train(built, loss, [make_batch()])
+
+
+@needs_verl
+def test_a_loss_that_ignores_the_advantages_is_an_error(engine):
+    built, loss = engine(capo=NARROW)
+    advantages = make_batch()["advantages"][:4]
+
+    def stubborn(model_output, data, dp_group, config):
+        data["advantages"] = advantages
+        return ppo_loss(config, model_output, data, dp_group)
+
+    with pytest.raises(RuntimeError, match="a rejected token still has a gradient"):
+        train(built, partial(stubborn, **loss.keywords), [make_batch()])
+
+
+@needs_verl
+def test_several_temperatures_are_an_error(engine):
+    built, loss = engine(capo={})
+    with pytest.raises(ValueError, match="different temperatures"):
+        train(built, loss, [make_batch()], temperature=torch.linspace(0.5, 1.0, 8))
+    train(built, loss, [make_batch()], temperature=torch.full((8,), 0.9))
+    with pytest.raises(ValueError, match="the temperature went from"):
+        train(built, loss, [make_batch()], temperature=0.5)
+
+
+@needs_verl
+def test_adams_step_model_wants_adam(engine):
+    built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})
+    with pytest.raises(ValueError, match=r"actor\.capo\.step='adam' models Adam"):
+        train(built, loss, [make_batch()])
+    built, loss = engine(capo={"step": "sgd"}, optimizer={"optimizer": "SGD"})
+    train(built, loss, [make_batch()])
+
+
+# ---- the same as the TRL adapter -------------------------------------------------------------------------------------
+
+
+def recorded(kind):
+    class Recorded(kind):
+        """Notes each micro-batch's inputs and verdicts."""
+
+        def _compute_loss(self, model, inputs):
+            loss = super()._compute_loss(model, inputs)
+            self.seen = [*getattr(self, "seen", []), (inputs, self.planner.micro_batches[-1].keep)]
+            return loss
+
+    return Recorded
+
+
+def of_trl(micro_batches):
+    """The micro-batches of one optimizer step of TRL as one mini-batch of verl."""
+    inputs = [each for each, _ in micro_batches]
+    width = max(each["completion_ids"].shape[1] for each in inputs)
+
+    def together(name):
+        return torch.cat([torch.nn.functional.pad(each[name], (0, width - each[name].shape[1])) for each in inputs])
+
+    mask = together("completion_mask")
+    return {
+        "prompts": torch.cat([each["prompt_ids"] for each in inputs]),
+        "responses": together("completion_ids"),
+        "response_mask": mask,
+        "advantages": torch.cat([each["advantages"] for each in inputs])[:, None].expand(mask.shape).contiguous(),
+    }
+
+
+@needs_verl
+@pytest.mark.parametrize(
+    ("loss_type", "aggregation"),
+    [("grpo", "seq-mean-token-mean"), ("dapo", "token-mean"), ("dr_grpo", "seq-mean-token-sum-norm")],
+)
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_masks_moments_and_weights_are_those_of_the_trl_adapter(
+    build, engine, loss_type, aggregation, remove_padding, record_property
+):
+    assert AGGREGATIONS[aggregation] == loss_type
+    how = {f"capo_{name}": value for name, value in NARROW.items()}
+    trainer = build(recorded(CAPOTrainer), loss_type=loss_type, temperature=0.9, max_grad_norm=0.3, **how)
+    trainer.train()
+    built, loss = engine(
+        capo=NARROW,
+        remove_padding=remove_padding,
+        optimizer={"clip_grad": 0.3},
+        loss_agg_mode=aggregation,
+        loss_scale_factor=6,
+    )
+    steps = [trainer.seen[i : i + 2] for i in range(0, len(trainer.seen), 2)]
+    assert len(steps) == 5
+    for micro_batches in steps:
+        batch = with_old_log_probs(built, of_trl(micro_batches), remove_padding=remove_padding)
+        train(built, loss, [batch], remove_padding=remove_padding)
+        for (_, keep), verdicts in zip(micro_batches, built.verdicts[-1], strict=True):
+            assert torch.equal(verdicts, keep)
+    keeps = torch.cat([keep for _, keep in trainer.seen])
+    assert 0.05 < (~keeps).float().mean() < 0.95
+    theirs, ours = trainer.planner.step.state_dict(), built.planner.step.state_dict()
+    assert torch.equal(ours["rows"], theirs["rows"])
+    differences = {
+        name: float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in ("p", "q")
+    }
+    weights = trainer.model.state_dict()
+    differences["weights"] = max(float((each - weights[name]).abs().max()) for name, each in weights_of(built).items())
+    record_property("differences", differences)
+    assert max(differences["p"], differences["q"]) < 1e-3
+    assert differences["weights"] < 1e-4
+
+
+# ---- checkpoints, workers --------------------------------------------------------------------------------------------
+
+
+@needs_verl
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(engine, tmp_path):
+    batches = [make_batch(seed) for seed in range(4)]
+    through, loss = engine(capo=NARROW)
+    train(through, loss, batches)
+    first, loss = engine(capo=NARROW)
+    train(first, loss, batches[:2])
+    first.save_checkpoint(str(tmp_path / "checkpoint"), global_step=2)
+    second, loss = engine(capo=NARROW)
+    second.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+    train(second, loss, batches[2:])
+    assert second.planner.accepted_tokens == through.planner.accepted_tokens
+    for name, each in through.planner.step.state_dict().items():
+        assert torch.equal(each, second.planner.step.state_dict()[name])
+    assert all(torch.equal(each, weights_of(second)[name]) for name, each in weights_of(through).items())
+
+
+@needs_verl
+def test_resuming_without_the_moments_is_an_error(engine, tmp_path):
+    plain, loss = engine(capo={"mode": "off"})
+    train(plain, loss, [make_batch()])
+    plain.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
+    built, loss = engine(capo={})
+    built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+    with pytest.raises(FileNotFoundError, match=r"capo_state\.safetensors"):
+        train(built, loss, [make_batch(1)])
+
+
+@needs_verl
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers):
+    """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
+    import ray
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+    from verl.workers.config import TrainingWorkerConfig
+
+    from verl_cpu import cpu_worker
+
+    batches = [make_batch(seed) for seed in range(3)]
+    alone, loss = engine(capo=NARROW)
+    outputs = train(alone, loss, batches, micro_batch=8 // workers)
+
+    variables = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
+    environment = {name: os.environ[name] for name in variables} | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        settings = engine_config()
+        settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
+        config = TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=HFModelConfig(
+                path=str(tmp_path / "model"),
+                enable_gradient_checkpointing=False,
+                override_config={"attn_implementation": "sdpa"},
+            ),
+            engine_config=settings,
+            optimizer_config=FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10),
+            checkpoint_config=CheckpointConfig(),
+        )
+        group = RayWorkerGroup(
+            RayResourcePool([workers], use_gpu=False, max_colocate_count=1),
+            RayClassWithInitArgs(ray.remote(cpu_worker()), config=config),
+            device_name="cpu",
+        )
+        group.reset()
+        group.set_loss_fn(loss)
+        figures = []
+        for batch in batches:
+            data = packed(batch, micro_batch=8 // workers)
+            settings = {"mini_batch_size": 8, "epochs": 1, "seed": 0, "dataloader_kwargs": {"shuffle": False}}
+            tensordict_utils.assign_non_tensor(data, **settings)
+            figures.append(tensordict_utils.get(group.train_mini_batch(data).get(), "metrics"))
+        states = group.state()
+    finally:
+        ray.shutdown()
+
+    assert [kind for kind, _, _ in states] == ["CAPOEngine"] * workers
+    for out, figure in zip(outputs, figures, strict=True):
+        for name in ("capo/rejection_rate", "capo/token/m_f/max", "capo/batch/m_h", "capo/accepted_tokens"):
+            assert figure[name] == pytest.approx(out["metrics"][name] * len(figure[name]), rel=1e-4), name
+    moments = alone.planner.step.state_dict()
+    for _, state, weights in states:
+        assert torch.equal(state["rows"], moments["rows"])
+        for name in ("p", "q"):
+            torch.testing.assert_close(state[name], moments[name], rtol=1e-3, atol=1e-7)
+        for name, each in weights_of(alone).items():
+            torch.testing.assert_close(weights[name], each, rtol=1e-3, atol=1e-5)
