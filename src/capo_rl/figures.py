@@ -328,7 +328,14 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     ),
     "fig_regime": _bars(
         "Where the mask holds: SGD, larger batches, and the head alone",
-        lambda name: name.startswith(("SGD, ", "64 completions, ", "head only, ")),
+        lambda name: name.startswith(("SGD, GRPO", "SGD, CAPO", "64 completions, ", "head only, ")),
+        "largest KL of an update, nats a token",
+        lambda run: max(_finite(run["curves"]["capo/kl/measured"])),
+        "log",
+    ),
+    "fig_extensions": _bars(
+        "Beyond the paper: soft weights and a penalty in place of the mask",
+        lambda name: ", soft, " in name or ", penalty " in name,
         "largest KL of an update, nats a token",
         lambda run: max(_finite(run["curves"]["capo/kl/measured"])),
         "log",
