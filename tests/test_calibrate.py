@@ -24,10 +24,10 @@ from capo_rl.calibrate import (
     fisher_bound,
     fragment,
 )
-from capo_rl.calibration import regress, student_quantile
 from capo_rl.cli import main
+from capo_rl.kl_regression import regress, student_quantile
 from capo_rl.planner import Planner
-from capo_rl.rejection import bootstrap, factors_at, interval, rejected, scaled, severity
+from capo_rl.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
 from capo_rl.selection import Thresholds, select
 from capo_rl.shifts import Shifts
 from capo_rl.step import AdamStep, SGDStep
@@ -284,7 +284,10 @@ def test_the_command_writes_the_same_thresholds_each_time(tmp_path, capsys):
     assert set(fields) == {"capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high"}
     assert fields["capo_hessian_low"] == -fields["capo_hessian_high"]
     assert "from 6 of 20 steps" in text
-    assert calibrate(QUICKSTART, [*SHORT, "--output_dir", str(run)], rejection_rate=0.05, out=str(again)) == text
+    done = calibrate(QUICKSTART, [*SHORT, "--output_dir", str(run)], rejection_rate=0.05, out=str(again))
+    assert done.text == again.read_text() == text
+    assert done.watching > 0 < done.choosing
+    assert "s of training steps" in printed
 
 
 def test_a_target_in_nats_from_the_command_line(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from capo_rl.rejection import bounded, factors_at, rejected, scaled, severity
+from capo_rl.rejection_rate import bounded, factors_at, rejected, scaled, severity
 
 
 class AdaptThresholds(TrainerCallback, ExportableState):
@@ -18,7 +18,8 @@ class AdaptThresholds(TrainerCallback, ExportableState):
 
         trainer.add_callback(AdaptThresholds(trainer, rejection_rate=0.05))
 
-    With f* the factors on the run's first bounds that reject a share a of this step's tokens (`rejection.factors_at`),
+    With f* the factors on the run's first bounds at which a share a of this step's tokens would be rejected
+    (`rejection_rate.factors_at`),
 
         log f += clip(0.2 (log f* − log f), ±log 2)     within ±log 100
         log a −= 0.1 (rejected / r − 1)                 within log r ± log 2

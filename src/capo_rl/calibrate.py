@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from capo_rl.calibration import Regression, regress
+from capo_rl.kl_regression import Regression, regress
 from capo_rl.planner import MicroBatch
 from capo_rl.plots import BLUE, GREEN, GREY, ORANGE
 from capo_rl.recipe import Recipe, read_recipe
 from capo_rl.records import written_whole
-from capo_rl.rejection import bootstrap, factors_at, interval, rejected, scaled, severity
+from capo_rl.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
 from capo_rl.selection import Thresholds
 
 Array = NDArray[np.float64]
@@ -80,6 +81,14 @@ class Choice:
     budget: float | None = None
 
 
+class Calibration(NamedTuple):
+    """The text of the file that was written, and the seconds of watching (training steps alone) and of choosing."""
+
+    text: str
+    watching: float
+    choosing: float
+
+
 def calibrate(
     path: str,
     overrides: Sequence[str] = (),
@@ -88,11 +97,11 @@ def calibrate(
     rejection_rate: float | None = None,
     kl_nats: float | None = None,
     out: str = "thresholds.yaml",
-) -> str | None:
+) -> Calibration | None:
     """Watch a recipe's first steps and write thresholds for one target to `out`, and a picture beside it.
 
-    `steps` is by default a twentieth of the run's, at least 7 and at most 50. Returns the file's text, the same for the
-    same call; None in all processes but the main one.
+    `steps` is by default a twentieth of the run's, at least 7 and at most 50. The text is the same for the same call.
+    None in all processes but the main one.
 
     Raises `CalibrationError`, and what `recipe.read_recipe` and `train.make_trainer` raise.
     """
@@ -113,9 +122,10 @@ def calibrate(
     with tempfile.TemporaryDirectory() as scratch:
         watching = [f"--{name}={value}" for name, value in (_WATCHING | {"output_dir": scratch}).items()]
         recipe = read_recipe(path, [*overrides, *watching])
-        watched, total = watch(recipe, steps)
+        watched, total, seconds = watch(recipe, steps)
     if not watched:
         return None
+    start = time.perf_counter()
     choice = (
         choose_for_rate(watched, asked.thresholds, rejection_rate)
         if rejection_rate is not None
@@ -136,11 +146,11 @@ def calibrate(
     with written_whole(Path(out)) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     draw(watched, choice, Path(out).with_suffix(".png"), target, kl_nats)
-    return text
+    return Calibration(text, seconds, time.perf_counter() - start)
 
 
-def watch(recipe: Recipe, steps: int | None = None) -> tuple[list[Step], int]:
-    """Run a recipe's first steps; returns those that count, and how many steps the whole run has.
+def watch(recipe: Recipe, steps: int | None = None) -> tuple[list[Step], int, float]:
+    """Run a recipe's first steps; returns those that count, how many the whole run has, and the seconds they took.
 
     A step with a learning rate of zero doesn't count, nor does Adam's first, whose moments are empty. In processes but
     the main one none does.
@@ -152,9 +162,9 @@ def watch(recipe: Recipe, steps: int | None = None) -> tuple[list[Step], int]:
     trainer, _ = make_trainer(recipe)
     watcher = _Watch(trainer, steps)
     trainer.add_callback(watcher)
-    trainer.train()
+    seconds = trainer.train().metrics["train_runtime"]
     if not trainer.is_world_process_zero():
-        return [], watcher.total
+        return [], watcher.total, seconds
     if not watcher.seen:
         raise CalibrationError(
             f"the learning rate was 0 in all of the {watcher.steps} steps, or they were Adam's first, so nothing "
@@ -165,7 +175,7 @@ def watch(recipe: Recipe, steps: int | None = None) -> tuple[list[Step], int]:
             f"every shift in {watcher.steps} steps is 0: all completions of a group got the same reward, so no "
             "advantage differs from 0; raise --steps, or train on problems that are solved sometimes"
         )
-    return watcher.seen, watcher.total
+    return watcher.seen, watcher.total, seconds
 
 
 def default_steps(total: int) -> int:

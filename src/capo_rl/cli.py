@@ -165,10 +165,11 @@ def _calibrate(options: argparse.Namespace) -> None:
     target = {"rejection_rate": options.rejection_rate, "kl_nats": options.kl_nats}
     if set(target.values()) == {None}:
         target["rejection_rate"] = 0.05
-    text = calibrate(options.recipe, options.overrides, steps=options.steps, out=options.out, **target)
-    if text is not None:
-        print(text, end="")
+    done = calibrate(options.recipe, options.overrides, steps=options.steps, out=options.out, **target)
+    if done is not None:
+        print(done.text, end="")
         print(f"# {options.out}, {Path(options.out).with_suffix('.png')}")
+        print(f"# {done.watching:.1f} s of training steps, {done.choosing:.1f} s to choose")
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -32,10 +32,10 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import is_async_callable
 
-from capo_rl.calibration import Ratio
 from capo_rl.config import CAPOConfig
 from capo_rl.grading import guarded
 from capo_rl.head import Head
+from capo_rl.kl_regression import Ratio
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole

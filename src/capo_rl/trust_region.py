@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from capo_rl.calibration import Ratio
+from capo_rl.kl_regression import Ratio
 
 Measure = Callable[[], float]
 

@@ -15,7 +15,7 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from capo_rl.calibration import student_quantile
+from capo_rl.kl_regression import student_quantile
 from capo_rl.selection import Thresholds
 
 Array = NDArray[np.float64]
