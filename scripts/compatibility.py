@@ -5,7 +5,8 @@
 Rows that have a result in results/compatibility/ are left as they are, unless they are named; then the table in
 docs/compatibility.md is written from all results. What a row does not name is the newest that fits, as a user would
 get it today, but for torch, which is that of constraints.txt. An environment has 1.5 GB (6 where torch comes with CUDA)
-and is removed when its row is done. The checkout itself is installed without its own bounds, which are what is tried.
+and is removed when its row is done. A copy of the checkout, with what is not committed yet, is installed in it without
+the project's own bounds, which are what is tried.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ RESULTS, PAGE = ROOT / "results" / "compatibility", ROOT / "docs" / "compatibili
 TESTS = [f"tests/test_{name}.py" for name in ("trl", "resume", "trust_region", "distributed", "train", "models")]
 ROWS: dict[str, dict[str, str]] = {
     "trl-1.16": {"trl": "1.16.0"},
-    "trl-1.15": {"trl": "1.15.0", "triton": "3.6.0"},  # which it imports on a CPU too
+    # TRL 1.15 scores tokens in a Triton kernel and has no other way, so here it runs in Triton's interpreter, and that
+    # one takes no newer numpy.
+    "trl-1.15": {"trl": "1.15.0", "triton": "3.6.0", "numpy": "2.3.5"},
     "trl-1.14": {"trl": "1.14.2"},
     "trl-1.13": {"trl": "1.13.0"},
     "trl-1.10": {"trl": "1.10.0"},
@@ -58,12 +61,13 @@ def requirements(row: dict[str, str]) -> list[str]:
 
 def try_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
     """Build the environment of a row, run the tests in it, and say what came of it."""
-    python = folder / "bin" / "python"
+    python, checkout = folder / "bin" / "python", folder / "checkout"
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    copy_checkout(checkout)
     pinned = [] if "torch" in row else [next(filter(re.compile("torch==").match, _lines(ROOT / "constraints.txt")))]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-    for arguments in ([*pinned, *requirements(row)], ["--no-deps", "--editable", str(ROOT)]):
+    for arguments in ([*pinned, *requirements(row)], ["--no-deps", "--editable", str(checkout)]):
         done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -82,10 +86,10 @@ def try_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
         "--junitxml",
         report,
     ]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [python, "-m", "pytest", *options, *TESTS],
-        cwd=ROOT,
+        cwd=checkout,
         capture_output=True,
         text=True,
         env=environment,
@@ -98,17 +102,28 @@ def try_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
     return {"asked": row, "versions": found, **outcome}
 
 
+def copy_checkout(to: Path) -> None:
+    """The files that git has, or would take, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """Counts of a pytest run, and its failures by the first line of their messages, from its JUnit XML."""
     suite = ET.parse(path).getroot().find("testsuite")
     assert suite is not None
     count = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
-    causes = Counter(
-        (case.get("message") or case.text or "").strip().splitlines()[-1 if case.tag == "error" else 0][:300]
-        for case in suite.iter()
-        if case.tag in ("failure", "error")
-    )
+    causes = Counter(_cause(case) for case in suite.iter() if case.tag in ("failure", "error"))
     return {
         "verdict": "fails" if failed or not count["tests"] else "works",
         "passed": count["tests"] - failed - count["skipped"],
@@ -117,6 +132,14 @@ def read_report(path: Path) -> dict[str, Any]:
         "seconds": round(float(suite.get("time", 0))),
         "causes": dict(causes.most_common(5)),
     }
+
+
+def _cause(case: ET.Element) -> str:
+    """The exception that a test failed by; of a test that starts processes, the exception in those."""
+    said = f"{case.text or ''}\n{case.get('message') or ''}"
+    named = re.findall(r"^(?:E +)?(?:\[rank\d+\]: *)?([\w.]*(?:Error|Exception): .+)$", said, flags=re.MULTILINE)
+    inner = [each for each in named if not re.match(r"(AssertionError|.*ChildFailedError):", each)]
+    return (inner or named or said.strip().splitlines() or ["no message"])[0][:300]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

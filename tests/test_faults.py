@@ -157,9 +157,11 @@ def test_weights_that_are_not_finite_are_not_saved(build, tmp_path):
 # ---- `capo train` and torchrun, the quickstart's model -----------------------------------------------------------
 
 
-def start(folder: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *options: str, processes: int = 1, program: tuple[str, ...] = ("-m", "capo_rl.cli")
+) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "capo_rl.cli", "train", QUICKSTART]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program, "train", QUICKSTART]
     size = ["--per_device_train_batch_size", str(16 // processes), "--max_steps", "8", "--dataset_limit", "64"]
     return subprocess.Popen(
         [*command, "--output_dir", str(folder), *size, "--save_steps", "2", *options],
@@ -208,11 +210,13 @@ def test_a_full_disk_ends_the_run_with_a_message_and_its_last_checkpoint(tmp_pat
     ends_whole(tmp_path / "run")
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint_and_status_143(tmp_path):
+def test_sigterm_ends_a_run_with_a_checkpoint_and_status_143(tmp_path, record_property):
     run = start(tmp_path / "run", "--save_steps", "100")
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
+    start_of_wait = time.monotonic()
     errors = run.communicate(timeout=200)[1]
+    record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode == 143, errors[-3000:]
     assert "told to stop" in errors
     (step,) = checkpoints(tmp_path / "run")
@@ -221,21 +225,25 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_status_143(tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path, record_property):
     run = start(tmp_path / "run", processes=2)
     wait_for_steps(run, tmp_path / "run", 3)
     worker(run, 1).send_signal(signal.SIGKILL)
+    start_of_wait = time.monotonic()
     run.communicate(timeout=200)
+    record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode != 0
     ends_whole(tmp_path / "run", processes=2)
 
 
-def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path):
+def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path, record_property):
     run = start(tmp_path / "run", "--ddp_timeout", "5", processes=2)
     wait_for_steps(run, tmp_path / "run", 3)
     other, hanging = worker(run, 0), worker(run, 1)
     hanging.send_signal(signal.SIGSTOP)
+    start_of_wait = time.monotonic()
     other.wait(timeout=200)  # without ddp_timeout on CPUs this takes 30 minutes
+    record_property("seconds", time.monotonic() - start_of_wait)
     hanging.send_signal(signal.SIGKILL)
     errors = run.communicate(timeout=200)[1]
     assert run.returncode != 0
@@ -243,11 +251,38 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path)
     assert resume_point(tmp_path / "run") is not None
 
 
-def test_all_processes_stop_at_one_step_when_the_launcher_is_told(tmp_path):
+NOT_FINITE = """
+from capo_rl.cli import main
+from capo_rl.trl import CAPOTrainer
+
+compute = CAPOTrainer._compute_loss
+CAPOTrainer._compute_loss = lambda self, *each: compute(self, *each) * (
+    float("nan") if self.state.global_step == 3 and self.accelerator.process_index == 1 else 1
+)
+raise SystemExit(main())
+"""
+
+
+def test_a_loss_of_one_process_that_is_not_finite_ends_all_with_the_last_checkpoint(tmp_path):
+    (tmp_path / "not_finite.py").write_text(NOT_FINITE)
+    program = (str(tmp_path / "not_finite.py"),)
+    options = ("--capo_mode", "monitor", "--capo_kl_budget", "null")
+    run = start(tmp_path / "run", *options, processes=2, program=program)
+    errors = run.communicate(timeout=200)[1]
+    assert run.returncode != 0
+    assert "step 4 left weights that are not finite" in errors, errors[-3000:]
+    assert "checkpoint-2" in errors
+    assert list(checkpoints(tmp_path / "run")) == [2]
+    assert resume_point(tmp_path / "run") is not None
+
+
+def test_all_processes_stop_at_one_step_when_the_launcher_is_told(tmp_path, record_property):
     run = start(tmp_path / "run", "--save_steps", "100", processes=2)
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
+    start_of_wait = time.monotonic()
     errors = run.communicate(timeout=200)[1]
+    record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode != 0
     assert errors.count("told to stop") == 2, errors[-3000:]
     (step,) = checkpoints(tmp_path / "run")

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from capo_rl.adapt import AdaptThresholds as AdaptThresholds
     from capo_rl.alarm import Alarm as Alarm
     from capo_rl.alarm import AlarmCallback as AlarmCallback
     from capo_rl.config import CAPOConfig as CAPOConfig
@@ -37,6 +38,7 @@ _HOMES = {
     "MonitorCallback": "monitor",
     "Alarm": "alarm",
     "AlarmCallback": "alarm",
+    "AdaptThresholds": "adapt",
 }
 __all__ = [*_HOMES, "__version__"]
 
