@@ -1,11 +1,11 @@
 """A training step of TRL's GRPO beside one of CAPO: off, monitor, and mask, taking turns step by step.
 
-    python benchmarks/step.py recipes/quickstart.yaml [--steps 30] [--threads 1] [--set dataset_name=FILE ...]
+    python benchmarks/step.py recipes/quickstart.yaml [--steps 30] [--set logging_steps=10 ...]
 
 Thresholds are open and there is no budget, so all of them make the same updates on the same completions (bit for bit,
 tests/test_trl.py): what differs is the work. Each trainer lives in a thread of its own and only one of them moves at
-a time, one step each, so that what else the machine does hits all alike. Prints
-the ratios of paired steps, by the clock and in processor time, and writes results/step/RECIPE.json.
+a time, one step each, so that what else the machine does hits all alike. Prints the ratios of paired steps, by the
+clock and in processor time, and writes results/step/NAME.json.
 """
 
 from __future__ import annotations
@@ -130,13 +130,21 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1, help="more than one makes processor time count waiting")
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=list(MODES), help="beside TRL's, where memory is short"
+    )
+    parser.add_argument("--name", help="of the file in results/step, by default the recipe's")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="override the recipe")
     options = parser.parse_args()
     overrides = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in options.set)}
     torch.set_num_threads(options.threads)
 
     with tempfile.TemporaryDirectory() as folder:
-        turns = {mode: make(options.recipe, fields, overrides, options.steps, folder) for mode, fields in MODES.items()}
+        turns = {
+            mode: make(options.recipe, fields, overrides, options.steps, folder)
+            for mode, fields in MODES.items()
+            if mode == TRL or mode in options.modes
+        }
         order = list(turns.values())
         for step in range(options.steps + WARM_UP):
             for turn in order:
@@ -166,7 +174,7 @@ def main() -> None:
             for unit in ("clock", "processor")
         )
         print(f"{mode:30s} {row['clock']['seconds a step, median']:15.3f} {clock:>28s} {processor:>25s}")
-    path = Path("results/step", f"{options.recipe.stem}.json")
+    path = Path("results/step", f"{options.name or options.recipe.stem}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     hardware = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     about = {"recipe": str(options.recipe), "overrides": overrides, "steps": options.steps, "hardware": hardware}
