@@ -52,9 +52,17 @@ def shard_on_a_cpu() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
+def partition_on_a_cpu() -> None:
+    """DeepSpeed's too, and it does not look for a CPU's backend."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+
+
 def main(folder: str, settings: dict) -> None:
     if "fsdp" in settings:
         shard_on_a_cpu()
+    if "deepspeed" in settings:
+        partition_on_a_cpu()
     name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
     completions = settings.pop("completions", 8)  # a step, of all processes
     settings.setdefault("per_device_train_batch_size", completions // world)
@@ -82,7 +90,8 @@ def main(folder: str, settings: dict) -> None:
     head = trainer._head
 
     def watched_head(model):
-        sharded.append(isinstance(head(model).weight, DTensor))
+        weight = head(model).weight
+        sharded.append(isinstance(weight, DTensor) or not weight.numel())  # DeepSpeed's is empty until it is gathered
         return head(model)
 
     trainer._head = watched_head

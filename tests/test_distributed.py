@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_fsdp2_is_one_process_and_never_gathers_the_head(tmp_path):
     (one,) = run(tmp_path, 1, max_steps=3, **SOME)
     several = run(tmp_path, 2, max_steps=3, **SOME, **FSDP2)
     assert all(each["sharded_head"] for each in several)
+    check_equal(one, several)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs DeepSpeed: docs/scaling.md has how it installs on a CPU")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_is_one_process(tmp_path, stage):
+    (one,) = run(tmp_path, 1, max_steps=3, **SOME)
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
+    }
+    several = run(tmp_path, 2, max_steps=3, use_cpu=False, deepspeed=config, **SOME)
+    assert all(each["sharded_head"] == (stage == 3) for each in several)
     check_equal(one, several)
 
 

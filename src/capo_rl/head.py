@@ -37,7 +37,8 @@ class Head:
         self, hidden: Tensor, actions: Tensor, *, temperature: float = 1.0, top_k: int | None = None
     ) -> LastLayer:
         """`last_layer.last_layer` for the logits of `hidden` [N, d]."""
-        tokens, vocabulary = len(hidden), self.weight.shape[0]
+        tokens = len(hidden)
+        vocabulary = getattr(self.weight, "ds_shape", self.weight.shape)[0]  # DeepSpeed's partitioned weight is empty
         k = vocabulary if top_k is None else min(top_k, vocabulary)
         whole = k == vocabulary
         dtype = compute_dtype(self.weight.dtype)
@@ -94,9 +95,9 @@ class Head:
         if isinstance(weight, DTensor):
             yield from _visiting(weight, bias)
         elif hasattr(weight, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([each for each in (weight, bias) if each is not None]):
+            with deepspeed.zero.GatheredParameters([each for each in (weight, bias) if each is not None]):
                 yield 0, weight, bias
         else:
             yield 0, weight, bias
