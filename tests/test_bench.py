@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capo_rl.bench import CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
+from capo_rl.bench import BESIDE, CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
 from capo_rl.figures import FIGURES, MAIN, TABLES, draw_results
 from capo_rl.recipe import read_recipe
 
@@ -24,7 +24,7 @@ def test_every_bench_is_read_and_every_arm_is_a_recipe(path, tmp_path):
     assert Path(bench.recipe).exists()
     shared = Path(bench.recipe).read_text()
     for fields in bench.arms.values():
-        changed = {name: value for name, value in fields.items() if name not in ("rival", "train_only")}
+        changed = {name: value for name, value in fields.items() if name not in BESIDE}
         kept = [line for line in shared.splitlines() if line.split(":")[0] not in changed]
         (tmp_path / "r.yaml").write_text("\n".join([*kept, *(f"{n}: {json.dumps(v)}" for n, v in changed.items())]))
         read_recipe(str(tmp_path / "r.yaml"), ["--capo_mode", "mask"] if "rival" in fields else [])
@@ -108,6 +108,17 @@ def test_runs_that_have_a_result_are_not_run_again(tmp_path):
     assert path.read_bytes() == before
     with pytest.raises(RuntimeError, match="1 of 1 runs failed; the first was broken, seed 1"):
         run_bench(bench, tmp_path, seeds=1, only=["broken"], workers=1)
+
+
+def test_an_arm_may_move_its_bounds(tmp_path):
+    bench = quick(read_bench(EXPERIMENTS / "calibrated.yaml"), steps=3)
+    run_bench(bench, tmp_path, only=["SGD, adapting to 5 %", "SGD, 5 %"])
+    results = {result["arm"]: result for result in read_results(tmp_path / "calibrated-quick")}
+    assert results["SGD, adapting to 5 %"]["settings"]["adapt"] == 0.05
+    first, *others = results["SGD, adapting to 5 %"]["curves"]["capo/thresholds/fisher"]
+    assert first == bench.arms["SGD, 5 %"]["capo_fisher_threshold"]
+    assert others[-1] != first  # a step without a shift moves nothing
+    assert results["SGD, 5 %"]["curves"]["capo/thresholds/fisher"] == [None, None, None]
 
 
 def test_a_part_of_the_quick_form_of_the_main_comparison(tmp_path):

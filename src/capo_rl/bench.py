@@ -4,8 +4,9 @@ recipe: quickstart.yaml            the recipe that all arms share, a path beside
 common: {learning_rate: 5e-4}      fields of the recipe for all arms
 seeds: [11, 12, 13, 14, 15]
 test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
-arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `train_only` is
-                                   a regular expression for the names of the weights that learn
+arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `adapt` is the
+                                   rate of an `AdaptThresholds`, `train_only` a regular expression for the names of the
+                                   weights that learn
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each
@@ -54,8 +55,10 @@ CURVES = (
     "capo/kl/rank_correlation",
     "capo/kl/fraction",
     "capo/accepted_tokens",
+    "capo/thresholds/fisher",
     "grad_norm",
 )
+BESIDE = ("rival", "adapt", "train_only")  # of an arm, and no fields of a recipe
 _FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
 _TEST_SEED = 2**31  # of the held-out problems; no training run has it
 
@@ -185,12 +188,13 @@ def _follow(parent: int) -> None:
 
 def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     """One run, from nothing to its result."""
+    from capo_rl.adapt import AdaptThresholds
     from capo_rl.recipe import read_recipe, settings
     from capo_rl.rivals import rival
     from capo_rl.train import Record, make_trainer
 
     fields = dict(bench.arms[arm])
-    beside = {name: fields.pop(name, None) for name in ("rival", "train_only")}  # no fields of a recipe
+    beside = {name: fields.pop(name, None) for name in BESIDE}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe_file = folder / "recipe.yaml"
@@ -204,6 +208,8 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
                 weight.requires_grad_(re.search(beside["train_only"], name) is not None)
         if beside["rival"] is not None and trainer.planner is not None:
             trainer.planner.rule = rival(**beside["rival"], seed=seed)
+        if beside["adapt"] is not None:
+            trainer.add_callback(AdaptThresholds(trainer, beside["adapt"]))
         generation = _timed(trainer, "_generate_and_score_completions")
         test: dict[str, list[float]] = {"capo/completions": [], "accuracy": []}
         if bench.test:

@@ -16,7 +16,10 @@ own engines, verl/workers/engine.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -49,6 +52,12 @@ from capo_rl.processes import Processes
 from capo_rl.records import written_whole
 from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
+
+# Wherever TRL is installed, verl's FSDP engine changes a method of a class that TRL 1.16 no longer has: an empty one.
+if importlib.util.find_spec("trl"):
+    _ppo = types.ModuleType("trl.experimental.ppo")
+    vars(_ppo)["AutoModelForCausalLMWithValueHead"] = type("AutoModelForCausalLMWithValueHead", (), {})
+    sys.modules.setdefault(_ppo.__name__, _ppo)
 
 STATE_FILE = "capo_state.safetensors"
 
