@@ -169,6 +169,7 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "budget 1e-4",
         "SGD, CAPO, lr 0.5, δ_F 1",
         "SGD, soft, δ_F 1",
+        "SGD, 5 %",
     ]
     for arm in arms:
         for seed in (1, 2):

@@ -340,6 +340,13 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
         lambda run: max(_finite(run["curves"]["capo/kl/measured"])),
         "log",
     ),
+    "fig_calibrated": _bars(
+        "Thresholds by hand, and found by a calibration",
+        lambda name: name.startswith(("SGD, ", "Adam, ")) and name.endswith((" by hand", " %", " nats")),
+        "largest KL of an update, nats a token",
+        lambda run: max(_finite(run["curves"]["capo/kl/measured"])),
+        "log",
+    ),
     "fig_last_layer_share": _last_layer_share,
     "fig_why": _why,
     "fig_learning_rate": _learning_rates,
