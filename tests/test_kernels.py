@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capo_rl import AdamStep
 from capo_rl.kernels import moment_update, triton
-from capo_rl.kernels.adam_shifts import Adam, adam_direction, adam_shifts
+from capo_rl.kernels.adam_shifts import Adam, adam_direction, adam_shifts, momentum_direction
 from capo_rl.last_layer import _TILE, LastLayer, RowGradient, last_layer, row_gradient
 from capo_rl.shifts import shifts_along, token_shifts, token_shifts_of
 
@@ -185,6 +185,30 @@ def test_a_nan_stays_in_its_token(form):
     case.advantages[1] = float("nan")
     s, variance = shifts(form, case, ADAM)
     assert s.isfinite().tolist() == variance.isfinite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("size", [*SIZES, (0, 5, 8)])
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+def test_tokens_without_an_advantage_share_a_step_within_the_same_bound(size, hidden, moments):
+    case = tokens(*size, hidden=hidden, moments=moments)
+    case.advantages[:] = 0
+    expected = exact(case, ADAM)
+    found = momentum_direction(case.layer.hidden, case.slots, case.p, case.q, ADAM)
+    assert ((found.double() - expected.v).abs() <= expected.v_bound).all()
+
+
+@pytest.mark.parametrize("shared", [0, 16])
+def test_a_step_takes_both_ways_and_each_for_its_tokens(monkeypatch, shared):
+    case = tokens(5, 6, 9)
+    monkeypatch.setattr("capo_rl.step.SHARED_ROWS", shared)
+    step = AdamStep(0.01, betas=(0.9, 0.99), eps=1e-6)
+    step.update(row_gradient(case.layer, case.advantages))
+    case.advantages[::2] = 0
+    score = case.advantages[:, None] * case.layer.u
+    one_way = adam_direction(score, case.layer.hidden, step.slots(case.slots), *step.storage(9, score), step.planned)
+    torch.testing.assert_close(step.direction(score, case.layer.hidden, case.slots), one_way, rtol=1e-5, atol=1e-8)
+    assert one_way[0].abs().max() > 1e-4
 
 
 @needs_triton

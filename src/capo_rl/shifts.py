@@ -26,6 +26,7 @@ from torch import Tensor
 from capo_rl.kernels import uses_triton
 from capo_rl.kernels.adam_shifts import adam_shifts
 from capo_rl.last_layer import (
+    SHARED_ROWS,
     LastLayer,
     SupportRows,
     blocks,
@@ -40,10 +41,6 @@ from capo_rl.last_layer import (
 from capo_rl.step import AdamStep, SGDStep
 
 FISHERS = ("sampled", "expected")
-
-# With at most so many rows for each row of a support, a product of all rows with all tokens beats a gather for each
-# entry: on a CPU one of the gather's costs about as much as 20 of the product's.
-_SHARED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -200,7 +197,7 @@ def subset_direction(
     gradients = [row_gradient(layer, each, rows) for each in (weights if weights.dim() == 2 else weights[None])]
     v = layer.u.new_zeros(len(gradients), tokens * k)
     pair = rows.pair.flatten()
-    shared = len(rows.rows) <= _SHARED_ROWS * k
+    shared = len(rows.rows) <= SHARED_ROWS * k
     # A tile holds the step of some pairs, and then, a tile at a time, their tokens: whole rows, which are read fastest.
     # Its size is the same in every process, which reduce their gradients a tile at a time.
     size = max(1, tile_elements(v.device) // max(1, d))

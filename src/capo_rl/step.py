@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from capo_rl.kernels import uses_triton
-from capo_rl.kernels.adam_shifts import Adam, adam_direction
+from capo_rl.kernels.adam_shifts import Adam, adam_direction, momentum_direction
 from capo_rl.kernels.moment_update import fused_update_moments, update_moments
-from capo_rl.last_layer import RowGradient
+from capo_rl.last_layer import SHARED_ROWS, RowGradient
 
 
 @dataclass
@@ -123,7 +123,14 @@ class AdamStep:
     def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d]."""
         p, q = self.storage(hidden.shape[1], score)
-        return adam_direction(score, hidden, self.slots(rows), p, q, self.planned)
+        slots = self.slots(rows)
+        own = score.any(dim=-1)
+        if own.all() or len(p) > SHARED_ROWS * rows.shape[1]:
+            return adam_direction(score, hidden, slots, p, q, self.planned)
+        v = torch.empty_like(score)
+        v[own] = adam_direction(score[own], hidden[own], slots[own], p, q, self.planned)
+        v[~own] = momentum_direction(hidden[~own], slots[~own], p, q, self.planned).to(v.dtype)
+        return v
 
     def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
         """Advance the moments by one optimizer step with `scale` times the gradient of the loss's accepted tokens.

@@ -54,10 +54,11 @@ from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 
 # Wherever TRL is installed, verl's FSDP engine changes a method of a class that TRL 1.16 no longer has: an empty one.
-if importlib.util.find_spec("trl"):
+_trl = importlib.util.find_spec("trl")
+if _trl and not any(Path(folder, "experimental", "ppo").exists() for folder in _trl.submodule_search_locations or ()):
     _ppo = types.ModuleType("trl.experimental.ppo")
     vars(_ppo)["AutoModelForCausalLMWithValueHead"] = type("AutoModelForCausalLMWithValueHead", (), {})
-    sys.modules.setdefault(_ppo.__name__, _ppo)
+    sys.modules[_ppo.__name__] = _ppo
 
 STATE_FILE = "capo_state.safetensors"
 

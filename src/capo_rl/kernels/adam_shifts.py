@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from capo_rl.kernels import jit, tl, triton
-from capo_rl.last_layer import tile_elements, tiles
+from capo_rl.last_layer import compute_dtype, tile_elements, tiles
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ def adam_direction(score: Tensor, hidden: Tensor, slots: Tensor, p: Tensor, q: T
             # A batched product of matrix and vector takes several times as long as this product and sum.
             v[some] += tile_p.addcmul_(a[some, :, None], h).div_(root).mul_(h).sum(-1)
     return v.mul_(adam.lr * beta1 / root_beta2).to(score.dtype)
+
+
+def momentum_direction(hidden: Tensor, slots: Tensor, p: Tensor, q: Tensor, adam: Adam) -> Tensor:
+    """v = U h [N, k] for tokens without a gradient, as without an advantage: they share the step U, and are multiplied
+    with all R rows of it. hidden [N, d], slots [N, k], p and q [R, d].
+    """
+    dtype = torch.promote_types(p.dtype, compute_dtype(hidden.dtype))
+    step = (adam.lr * adam.beta1 * p.to(dtype)).div_((adam.beta2 * q.to(dtype)).sqrt_().add_(adam.eps))
+    return (hidden.to(dtype) @ step.T).gather(1, slots)
 
 
 def adam_shifts(
