@@ -33,7 +33,6 @@ if HAS_VERL:
         warnings.simplefilter("ignore")
         import verl  # noqa: F401 (which loads capo_rl.verl by its own setting)
         from verl.trainer.config import CheckpointConfig
-        from verl.utils import tensordict_utils
         from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
         from verl.workers.engine.base import EngineRegistry
         from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -41,6 +40,7 @@ if HAS_VERL:
         from verl.workers.utils.padding import no_padding_2_padding
 
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
+        from verl_cpu import packed, update, workers_on_ray
 
 OPEN = {"fisher_threshold": None, "hessian_low": None, "hessian_high": None}
 NARROW = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
@@ -116,13 +116,14 @@ def watched(kind):
     class Watched(kind):
         def initialize(self):
             super().initialize()
-            self.verdicts, self.weights, self.gradients = [], [], []
+            self.verdicts, self.weights, self.gradients, self.shifts = [], [], [], []
 
         def optimizer_step(self):
             planner = getattr(self, "planner", None)
             if planner is not None:
                 self.verdicts.append([batch.keep for batch in planner.micro_batches])
                 self.weights.append([batch.weights for batch in planner.micro_batches])
+                self.shifts.append([batch.shifts for batch in planner.micro_batches])
             gradients = (weight.grad for weight in self.module.parameters() if weight.requires_grad)
             self.gradients.append([gradient.full_tensor().clone() for gradient in gradients])
             return super().optimizer_step()
@@ -141,52 +142,6 @@ def make_batch(seed=0, sequences=8, **changes):
         "response_mask": (torch.arange(6) < lengths).long(),
         "advantages": torch.randn(sequences, 1, generator=draw).expand(-1, 6).contiguous(),
     } | changes
-
-
-def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batch=4, entropy=False):
-    """What verl's trainer makes of a batch before it hands it to the engine."""
-    mask = batch["response_mask"]
-    attended = batch.get("attended", mask)  # the response's tokens, which the loss may leave out
-    prompt_mask = torch.ones_like(batch["prompts"])
-    attention_mask = torch.cat([prompt_mask, attended], dim=1)
-    tensors = {
-        "input_ids": torch.cat([batch["prompts"], batch["responses"]], dim=1),
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        "prompts": batch["prompts"],
-        "responses": batch["responses"],
-        "response_mask": mask,
-        "advantages": batch["advantages"],
-        "old_log_probs": batch.get("old_log_probs", torch.zeros(mask.shape)),
-    }
-    settings = {
-        "global_batch_size": len(mask),
-        "use_remove_padding": remove_padding,
-        "use_dynamic_bsz": False,
-        "micro_batch_size_per_gpu": micro_batch,
-        "use_fused_kernels": False,
-        "calculate_entropy": entropy,
-        **({} if nested else {"max_response_len": mask.shape[1]}),
-    }
-    if "ref_log_prob" in batch:
-        tensors["ref_log_prob"] = batch["ref_log_prob"]
-    (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature
-    data = tensordict_utils.get_tensordict(tensors, settings)
-    for name in ("input_ids", "position_ids"):
-        data[name] = jagged(data[name], attention_mask.sum(1))
-    data["loss_mask"] = mask
-    if nested:  # as verl's newer trainer keeps them
-        lengths = mask.sum(1)
-        for name in ("advantages", "old_log_probs", "responses", "response_mask", "loss_mask"):
-            data[name] = jagged(data[name], lengths)
-        data["prompts"] = jagged(batch["prompts"], torch.full_like(lengths, batch["prompts"].shape[1]))
-    return data
-
-
-def jagged(rows, lengths):
-    """The first `lengths` [B] entries of each of the rows [B, T]."""
-    values = torch.cat([row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)])
-    return torch.nested.nested_tensor_from_jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 
 
 def with_old_log_probs(engine, batch, **how):
@@ -491,11 +446,12 @@ def test_adams_step_model_wants_adam(engine):
 
 def recorded(kind):
     class Recorded(kind):
-        """Notes each micro-batch's inputs and verdicts."""
+        """Notes each micro-batch's inputs, verdicts and shifts."""
 
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
-            self.seen = [*getattr(self, "seen", []), (inputs, self.planner.micro_batches[-1].keep)]
+            planned = self.planner.micro_batches[-1]
+            self.seen = [*getattr(self, "seen", []), (inputs, planned.keep, planned.shifts)]
             return loss
 
     return Recorded
@@ -503,7 +459,7 @@ def recorded(kind):
 
 def of_trl(micro_batches):
     """The micro-batches of one optimizer step of TRL as one mini-batch of verl."""
-    inputs = [each for each, _ in micro_batches]
+    inputs = [each for each, _, _ in micro_batches]
     width = max(each["completion_ids"].shape[1] for each in inputs)
 
     def together(name):
@@ -524,7 +480,7 @@ def of_trl(micro_batches):
     [("grpo", "seq-mean-token-mean"), ("dapo", "token-mean"), ("dr_grpo", "seq-mean-token-sum-norm")],
 )
 @pytest.mark.parametrize("remove_padding", [True, False])
-def test_masks_moments_and_weights_are_those_of_the_trl_adapter(
+def test_masks_shifts_moments_and_weights_are_those_of_the_trl_adapter(
     build, engine, loss_type, aggregation, remove_padding, record_property
 ):
     assert AGGREGATIONS[aggregation] == loss_type
@@ -540,22 +496,26 @@ def test_masks_moments_and_weights_are_those_of_the_trl_adapter(
     )
     steps = [trainer.seen[i : i + 2] for i in range(0, len(trainer.seen), 2)]
     assert len(steps) == 5
+    differences = dict.fromkeys(("m_f", "m_h", "p", "q", "weights"), 0.0)
     for micro_batches in steps:
         batch = with_old_log_probs(built, of_trl(micro_batches), remove_padding=remove_padding)
         train(built, loss, [batch], remove_padding=remove_padding)
-        for (_, keep), verdicts in zip(micro_batches, built.verdicts[-1], strict=True):
+        for (_, keep, _), verdicts in zip(micro_batches, built.verdicts[-1], strict=True):
             assert torch.equal(verdicts, keep)
-    keeps = torch.cat([keep for _, keep in trainer.seen])
+        for name in ("m_f", "m_h"):
+            ours = torch.cat([getattr(each, name) for each in built.shifts[-1]])
+            theirs = torch.cat([getattr(each, name) for _, _, each in micro_batches])
+            differences[name] = max(differences[name], float((ours - theirs).abs().max() / theirs.abs().max()))
+    keeps = torch.cat([keep for _, keep, _ in trainer.seen])
     assert 0.05 < (~keeps).float().mean() < 0.95
     theirs, ours = trainer.planner.step.state_dict(), built.planner.step.state_dict()
     assert torch.equal(ours["rows"], theirs["rows"])
-    differences = {
-        name: float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in ("p", "q")
-    }
+    for name in ("p", "q"):
+        differences[name] = float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max())
     weights = trainer.model.state_dict()
     differences["weights"] = max(float((each - weights[name]).abs().max()) for name, each in weights_of(built).items())
     record_property("differences", differences)
-    assert max(differences["p"], differences["q"]) < 1e-3
+    assert max(differences[name] for name in ("m_f", "m_h", "p", "q")) < 1e-3
     assert differences["weights"] < 1e-4
 
 
@@ -595,55 +555,28 @@ def test_resuming_without_the_moments_is_an_error(engine, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers):
     """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
-    import ray
-    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
     from verl.workers.config import TrainingWorkerConfig
-
-    from verl_cpu import cpu_worker
 
     batches = [make_batch(seed) for seed in range(3)]
     alone, loss = engine(capo=NARROW)
-    outputs = train(alone, loss, batches, micro_batch=8 // workers)
+    outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
-    variables = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
-    environment = {name: os.environ[name] for name in variables} | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": environment},
+    settings = engine_config()
+    settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
+    config = TrainingWorkerConfig(
+        model_type="language_model",
+        model_config=HFModelConfig(
+            path=str(tmp_path / "model"),
+            enable_gradient_checkpointing=False,
+            override_config={"attn_implementation": "sdpa"},
+        ),
+        engine_config=settings,
+        optimizer_config=FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10),
+        checkpoint_config=CheckpointConfig(),
     )
-    try:
-        settings = engine_config()
-        settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
-        config = TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=HFModelConfig(
-                path=str(tmp_path / "model"),
-                enable_gradient_checkpointing=False,
-                override_config={"attn_implementation": "sdpa"},
-            ),
-            engine_config=settings,
-            optimizer_config=FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10),
-            checkpoint_config=CheckpointConfig(),
-        )
-        group = RayWorkerGroup(
-            RayResourcePool([workers], use_gpu=False, max_colocate_count=1),
-            RayClassWithInitArgs(ray.remote(cpu_worker()), config=config),
-            device_name="cpu",
-        )
-        group.reset()
-        group.set_loss_fn(loss)
-        figures = []
-        for batch in batches:
-            data = packed(batch, micro_batch=8 // workers)
-            settings = {"mini_batch_size": 8, "epochs": 1, "seed": 0, "dataloader_kwargs": {"shuffle": False}}
-            tensordict_utils.assign_non_tensor(data, **settings)
-            figures.append(tensordict_utils.get(group.train_mini_batch(data).get(), "metrics"))
+    with workers_on_ray(workers, config, loss) as group:
+        figures = [update(group, packed(batch, micro_batch=8 // workers)) for batch in batches]
         states = group.state()
-    finally:
-        ray.shutdown()
 
     assert [kind for kind, _, _ in states] == ["CAPOEngine"] * workers
     for out, figure in zip(outputs, figures, strict=True):

@@ -1,25 +1,19 @@
-"""verl without an accelerator: the platform plugin that lets its FSDP engine run on a CPU, loaded by verl itself.
+"""verl without an accelerator: the platform plugin that lets its FSDP engine run on a CPU, loaded by verl itself, its
+workers on this machine alone, and its batches without its trainer.
 
-verl ships platforms for CUDA, ROCm and NPU only, and has a registry for others. Two more things stand in the way, and
-are stood in for here: TRL 1.16 has lost a class that verl changes a method of wherever TRL is installed, and verl asks
-torch for the process group "cpu:gloo,cpu:gloo", which torch refuses, unless there is one already.
+verl ships platforms for CUDA, ROCm and NPU only, and has a registry for others. It asks torch for the process group
+"cpu:gloo,cpu:gloo", which torch refuses, unless there is one already: so it is made beforehand.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import types
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
-
-_ppo = types.ModuleType("trl.experimental.ppo")
-_ppo.AutoModelForCausalLMWithValueHead = type("AutoModelForCausalLMWithValueHead", (), {})
-sys.modules.setdefault("trl.experimental.ppo", _ppo)
 
 
 @PlatformRegistry.register("cpu")
@@ -76,6 +70,94 @@ class PlatformCPU(PlatformBase):
 
     set_device = synchronize = manual_seed = manual_seed_all = set_allocator_settings = _nothing
     empty_cache = profiler_start = profiler_stop = _nothing
+
+
+# ---- a mini-batch ----------------------------------------------------------------------------------------------------
+
+
+def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batch=4, entropy=False):
+    """What verl's trainer makes of a batch before it hands it to the engine."""
+    from verl.utils import tensordict_utils
+
+    mask = batch["response_mask"]
+    attended = batch.get("attended", mask)  # the response's tokens, which the loss may leave out
+    prompt_mask = torch.ones_like(batch["prompts"])
+    attention_mask = torch.cat([prompt_mask, attended], dim=1)
+    tensors = {
+        "input_ids": torch.cat([batch["prompts"], batch["responses"]], dim=1),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        "prompts": batch["prompts"],
+        "responses": batch["responses"],
+        "response_mask": mask,
+        "advantages": batch["advantages"],
+        "old_log_probs": batch.get("old_log_probs", torch.zeros(mask.shape)),
+    }
+    settings = {
+        "global_batch_size": len(mask),
+        "use_remove_padding": remove_padding,
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": micro_batch,
+        "use_fused_kernels": False,
+        "calculate_entropy": entropy,
+        **({} if nested else {"max_response_len": mask.shape[1]}),
+    }
+    if "ref_log_prob" in batch:
+        tensors["ref_log_prob"] = batch["ref_log_prob"]
+    (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature
+    data = tensordict_utils.get_tensordict(tensors, settings)
+    for name in ("input_ids", "position_ids"):
+        data[name] = jagged(data[name], attention_mask.sum(1))
+    data["loss_mask"] = mask
+    if nested:  # as verl's newer trainer keeps them
+        lengths = mask.sum(1)
+        for name in ("advantages", "old_log_probs", "responses", "response_mask", "loss_mask"):
+            data[name] = jagged(data[name], lengths)
+        data["prompts"] = jagged(batch["prompts"], torch.full_like(lengths, batch["prompts"].shape[1]))
+    return data
+
+
+def jagged(rows, lengths):
+    """The first `lengths` [B] entries of each of the rows [B, T]."""
+    values = torch.cat([row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)])
+    return torch.nested.nested_tensor_from_jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def workers_on_ray(count, config, loss):
+    """verl's own worker group of `count` processes on a Ray of this machine alone, which ends with it."""
+    import ray
+    from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+
+    variables = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
+    environment = {name: os.environ[name] for name in variables}
+    environment |= {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "OMP_NUM_THREADS": "1"}
+    how = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": environment}}
+    ray.init(address="local", num_cpus=2, **how)
+    try:
+        group = RayWorkerGroup(
+            RayResourcePool([count], use_gpu=False, max_colocate_count=1),
+            RayClassWithInitArgs(ray.remote(cpu_worker()), config=config),
+            device_name="cpu",
+        )
+        group.reset()
+        group.set_loss_fn(loss)
+        yield group
+    finally:
+        ray.shutdown()
+
+
+def update(group, data):
+    """One optimizer step on a packed mini-batch; returns the metrics verl would log, one list for each."""
+    from verl.utils import tensordict_utils
+
+    size = tensordict_utils.get(data, "global_batch_size")
+    shuffle = {"shuffle": False}
+    tensordict_utils.assign_non_tensor(data, mini_batch_size=size, epochs=1, seed=0, dataloader_kwargs=shuffle)
+    return tensordict_utils.get(group.train_mini_batch(data).get(), "metrics")
 
 
 def cpu_worker():

@@ -14,13 +14,13 @@ from datasets import load_dataset
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
-def row(example: dict[str, str]) -> dict:
+def row(example: dict[str, str], index: int) -> dict:
     return {
         "data_source": "DigitalLearningGmbH/MATH-lighteval",
         "prompt": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": example["problem"]}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": example["answer"]},
-        "extra_info": {},
+        "extra_info": {"index": index},
     }
 
 
@@ -32,7 +32,8 @@ def main(*files: str) -> None:
     else:
         data = load_dataset("nlile/hendrycks-MATH-benchmark")
     for split in ("train", "test"):
-        data[split].map(row, remove_columns=data[split].column_names).to_parquet(folder / f"{split}.parquet")
+        rows = data[split].map(row, with_indices=True, remove_columns=data[split].column_names)
+        rows.to_parquet(folder / f"{split}.parquet")
         print(f"{folder / split}.parquet: {len(data[split])} problems")
 
 
