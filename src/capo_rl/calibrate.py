@@ -34,7 +34,7 @@ from capo_rl.selection import Thresholds
 
 Array = NDArray[np.float64]
 
-SHARE, FEWEST, MOST = 0.04, 7, 50  # steps: of the run, and the bounds that win over it
+SHARE, FEWEST, MOST = 0.03, 7, 50  # steps: of the run, and the bounds that win over it
 _EXPLAINS = 0.5  # the R², with slope one, below which a bound on m_F is not trusted to hold a KL
 _ROUNDING = 1e-10  # nats: a measured KL below this is rounding
 
@@ -100,7 +100,7 @@ def calibrate(
 ) -> Calibration | None:
     """Watch a recipe's first steps and write thresholds for one target to `out`, and a picture beside it.
 
-    `steps` is by default 4 % of the run's, at least 7 and at most 50. The text is the same for the same call.
+    `steps` is by default 3 % of the run's, at least 7 and at most 50. The text is the same for the same call.
     None in all processes but the main one.
 
     Raises `CalibrationError`, and what `recipe.read_recipe` and `train.make_trainer` raise.
@@ -179,14 +179,14 @@ def watch(recipe: Recipe, steps: int | None = None) -> tuple[list[Step], int, fl
 
 
 def default_steps(total: int) -> int:
-    """How many steps to watch of a run of `total`: 4 % of them, at least 7 and at most 50.
+    """How many steps to watch of a run of `total`: 3 % of them, at least 7 and at most 50.
 
     A watched step takes longer than one of the run, since its KL is measured, and all of them are to take 5 % of it.
     Six steps that count are the fewest that hold a 95 % interval, and a first that doesn't comes before them; an
     interval narrows with the root of their number, while the policy moves on.
 
     >>> [default_steps(total) for total in (100, 300, 5000)]
-    [7, 12, 50]
+    [7, 9, 50]
     """
     return min(MOST, max(FEWEST, int(SHARE * total)))
 

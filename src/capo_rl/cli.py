@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = calibrate.add_mutually_exclusive_group()
     target.add_argument("--rejection-rate", type=float, metavar="R", help="the share of the tokens to reject")
     target.add_argument("--kl-nats", type=float, metavar="X", help="nats a token that no update should pass")
-    calibrate.add_argument("--steps", type=int, metavar="N", help="(default: 4 %% of the run's, in 7 to 50)")
+    calibrate.add_argument("--steps", type=int, metavar="N", help="(default: 3 %% of the run's, in 7 to 50)")
     calibrate.add_argument(
         "--out", metavar="FILE", default="thresholds.yaml", help="the fragment to write (default: %(default)s)"
     )
