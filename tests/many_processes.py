@@ -90,9 +90,10 @@ def main(folder: str, settings: dict) -> None:
     head = trainer._head
 
     def watched_head(model):
-        weight = head(model).weight
-        sharded.append(isinstance(weight, DTensor) or not weight.numel())  # DeepSpeed's is empty until it is gathered
-        return head(model)
+        found = head(model)
+        # DeepSpeed's weight is empty until it is gathered
+        sharded.append(isinstance(found.weight, DTensor) or not found.weight.numel())
+        return found
 
     trainer._head = watched_head
     trainer._select = spy

@@ -124,8 +124,7 @@ class AdamStep:
         """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d]."""
         p, q = self.storage(hidden.shape[1], score)
         slots = self.slots(rows)
-        own = score.any(dim=-1)
-        if own.all() or len(p) > SHARED_ROWS * rows.shape[1]:
+        if len(p) > SHARED_ROWS * rows.shape[1] or (own := score.any(dim=-1)).all():
             return adam_direction(score, hidden, slots, p, q, self.planned)
         v = torch.empty_like(score)
         v[own] = adam_direction(score[own], hidden[own], slots[own], p, q, self.planned)
