@@ -4,8 +4,8 @@
 
 Thresholds are open and there is no budget, so all of them make the same updates on the same completions (bit for bit,
 tests/test_trl.py): what differs is the work. Each trainer lives in a thread of its own and only one of them moves at
-a time, one step each, so that what else the machine does hits all alike. Prints the ratios of paired steps, by the
-clock and in processor time, and writes results/step/NAME.json.
+a time, one step each and in an order drawn anew each time, so that what else the machine does hits all alike. Prints
+what all steps together took over what TRL's did, by the clock and in processor time, and writes results/step/NAME.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,20 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from capo_rl.grading import accuracy_reward
+from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.recipe import read_recipe
 from capo_rl.records import versions, write_json
 from capo_rl.statistics import bootstrap_interval
 from capo_rl.train import make_trainer
 
-# KL is measured at the steps that are logged: TRL's default, every tenth.
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None, "capo_kl_budget": None}
 TRL = "TRL's GRPOTrainer"
 MODES: dict[str, dict[str, Any] | None] = {
     TRL: None,
     "CAPO, off": {"capo_mode": "off"},
     "CAPO, monitor": {"capo_mode": "monitor", "capo_kl_every": 10},
-    "CAPO, mask": {"capo_mode": "mask", "capo_kl_every": 10},
+    "CAPO, mask, KL never measured": {"capo_mode": "mask", "capo_kl_every": 10**9},
+    "CAPO, mask": {"capo_mode": "mask", "capo_kl_every": 10},  # every tenth step, as TRL logs by default
     "CAPO, mask, KL of every step": {"capo_mode": "mask", "capo_kl_every": 1},
 }
 WARM_UP = 2  # steps that fill caches and moments
@@ -139,17 +139,19 @@ def main() -> None:
     overrides = {name: yaml.safe_load(value) for name, _, value in (item.partition("=") for item in options.set)}
     torch.set_num_threads(options.threads)
 
+    # Its processes start when first needed: not in the turn of whoever needs them first.
+    shared_grader().grade_all([r"\boxed{\sqrt{2} / 2}"] * 16, [r"\frac{1}{\sqrt{2}}"] * 16)
     with tempfile.TemporaryDirectory() as folder:
         turns = {
             mode: make(options.recipe, fields, overrides, options.steps, folder)
             for mode, fields in MODES.items()
             if mode == TRL or mode in options.modes
         }
-        order = list(turns.values())
+        order, shuffle = list(turns.values()), random.Random(0).shuffle  # not the trainers' own random numbers
         for step in range(options.steps + WARM_UP):
+            shuffle(order)
             for turn in order:
                 turn.move()
-            order = order[1:] + order[:1]  # none always comes first
             print(f"step {step + 1}:", ", ".join(f"{turn.clock[-1]:.2f}" for turn in turns.values()), "s", flush=True)
     rewards = {mode: turn.rewards() for mode, turn in turns.items()}
     if any(of != rewards[TRL] for of in rewards.values()):
@@ -160,17 +162,21 @@ def main() -> None:
     for mode, turn in turns.items():
         row: dict[str, Any] = {"mode": mode}
         for unit in ("clock", "processor"):
-            seconds, base = getattr(turn, unit)[WARM_UP:], getattr(turns[TRL], unit)[WARM_UP:]
-            ratios = [mine / its for mine, its in zip(seconds, base, strict=True)]
+            seconds, base = (np.array(getattr(each, unit)[WARM_UP:]) for each in (turn, turns[TRL]))
+
+            def over(steps: np.ndarray, mine: np.ndarray = seconds, its: np.ndarray = base) -> float:
+                steps = steps.astype(int)
+                return float(mine[steps].sum() / its[steps].sum())
+
             row[unit] = {
-                "seconds a step, median": median(seconds),
-                "over TRL, mean": mean(ratios),
-                "95 % interval": bootstrap_interval([ratios], statistic=lambda x: float(x.mean())),
-                "over TRL, each step": ratios,
+                "seconds a step, median": median(seconds.tolist()),
+                "over TRL": over(np.arange(options.steps)),
+                "95 % interval": bootstrap_interval([range(options.steps)], statistic=over),
+                "seconds of each step": seconds.tolist(),
             }
         rows.append(row)
         clock, processor = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(row[unit]["over TRL, mean"], *row[unit]["95 % interval"])
+            "{:.3f} [{:.3f}, {:.3f}]".format(row[unit]["over TRL"], *row[unit]["95 % interval"])
             for unit in ("clock", "processor")
         )
         print(f"{mode:30s} {row['clock']['seconds a step, median']:15.3f} {clock:>28s} {processor:>25s}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capo_rl.head import Head
-from capo_rl.last_layer import last_layer
+from capo_rl.last_layer import last_layer, likeliest
 
 
 def in_tiles(head: Head, size: int):
@@ -46,6 +46,26 @@ def test_tiles_of_rows_give_the_last_layer_of_all_logits(monkeypatch, top_k, til
     torch.testing.assert_close(layer.log_pi_a, expected.log_pi_a)
     torch.testing.assert_close(layer.missing_mass, expected.missing_mass)
     assert layer.support.shape == expected.support.shape
+
+
+@pytest.mark.parametrize("quickselect", [0, 512])
+@pytest.mark.parametrize(("vocabulary", "k"), [(1, 1), (5, 1), (37, 36), (600, 1), (600, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_likeliest_rows_are_those_a_sort_puts_first(monkeypatch, quickselect, vocabulary, k, dtype):
+    monkeypatch.setattr("capo_rl.last_layer._QUICKSELECT", quickselect)
+    draw = torch.Generator().manual_seed(vocabulary)
+    z = torch.randint(-3 * vocabulary, 3 * vocabulary, (9, vocabulary), generator=draw).to(dtype) / 7  # some are equal
+    z[1, vocabulary // 2], z[2, 0], z[3] = torch.nan, -torch.inf, 0.0
+    top, support = likeliest(z, k)
+    torch.testing.assert_close(top, z.gather(1, support), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        top.sort(dim=1, descending=True).values,
+        z.sort(dim=1, descending=True).values[:, :k],
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+    )
+    assert all(len(set(rows)) == k for rows in support.tolist())
 
 
 @pytest.mark.parametrize("tile", [4, 37])

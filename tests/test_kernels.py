@@ -13,7 +13,7 @@ from torch import Tensor
 
 from capo_rl import AdamStep
 from capo_rl.kernels import moment_update, triton
-from capo_rl.kernels.adam_shifts import Adam, adam_direction, adam_shifts, momentum_direction
+from capo_rl.kernels.adam_shifts import Adam, adam_direction, adam_shifts, momentum_direction, square_root
 from capo_rl.last_layer import _TILE, LastLayer, RowGradient, last_layer, row_gradient
 from capo_rl.shifts import shifts_along, token_shifts, token_shifts_of
 
@@ -209,6 +209,15 @@ def test_a_step_takes_both_ways_and_each_for_its_tokens(monkeypatch, shared):
     one_way = adam_direction(score, case.layer.hidden, step.slots(case.slots), *step.storage(9, score), step.planned)
     torch.testing.assert_close(step.direction(score, case.layer.hidden, case.slots), one_way, rtol=1e-5, atol=1e-8)
     assert one_way[0].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_square_root_is_right_from_denormals_to_infinity(dtype):
+    tiny, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    q = torch.tensor([0.0, tiny * torch.finfo(dtype).eps, tiny / 3, tiny, 1e-30, 1e-8, 0.3, 4.0, most, torch.inf])
+    q = q.to(dtype)
+    torch.testing.assert_close(square_root(q.clone()), q.sqrt(), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert square_root(torch.tensor([-1.0, torch.nan])).isnan().all()
 
 
 @needs_triton

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +72,17 @@ def test_state_restores_bit_for_bit_and_goes_on_alike():
         model.update(row_gradient(tokens(9), torch.ones(5, dtype=torch.float64)))
     for name, tensor in step.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_rows_are_sorted_alike_whatever_their_numbers():
+    """Below 2¹⁶ and above it another sort runs."""
+    layer = tokens(0, n=9)
+    few, many = (support_rows(replace(layer, support=layer.support + first)) for first in (0, 2**16))
+    assert torch.equal(few.rows + 2**16, many.rows)
+    assert (few.rows.diff() > 0).all()
+    assert torch.equal(few.rows[few.pair], layer.support)
+    for name in ("pair", "order", "start"):
+        assert torch.equal(getattr(few, name), getattr(many, name))
 
 
 def test_a_fresh_step_round_trips():

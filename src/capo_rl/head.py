@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
 
-from capo_rl.last_layer import LastLayer, blocks, compute_dtype, on_support, tile_elements
+from capo_rl.last_layer import LastLayer, blocks, compute_dtype, likeliest, on_support, tile_elements
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Head:
             if whole:
                 top[some, first:stop] = z
                 continue
-            best, at = z.topk(min(k, z.shape[1]), dim=-1, sorted=False)
+            best, at = likeliest(z, min(k, z.shape[1]))
             rows = at + first
             if z.shape[1] < vocabulary:  # the best of the tiles so far and of this one
                 best, rows = torch.cat([top[some], best], dim=-1), torch.cat([support[some], rows], dim=-1)
-                best, at = best.topk(k, dim=-1, sorted=False)
+                best, at = likeliest(best, k)
                 rows = rows.gather(1, at)
             top[some], support[some] = best, rows
         if whole:
@@ -86,8 +86,8 @@ class Head:
             size = max(1, 16 * tile_elements(hidden.device) // len(weight))
             for some in blocks(len(hidden), size):
                 with self.autocast():  # as the loss projects them
-                    z = linear(hidden[some].to(weight.dtype), weight, bias) * self.scale
-                yield some, first, z.to(compute_dtype(z.dtype)) / temperature
+                    z = linear(hidden[some].to(weight.dtype), weight, bias).mul_(self.scale)
+                yield some, first, z.to(compute_dtype(z.dtype)).div_(temperature)
 
     def _tiles(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """The head's rows in parts, each with its first row."""

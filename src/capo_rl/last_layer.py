@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +20,10 @@ from capo_rl.processes import Processes
 # Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
 _TILE = {"cpu": 2**18}
 _TILE_ELSEWHERE = 2**24
+
+# On a CPU, up to so many rows of the vocabulary for each one wanted, numpy's quickselect takes less time than torch's
+# search, whose time grows with k: at V = 500 and k = 50 a third.
+_QUICKSELECT = 512
 
 # With at most so many rows for each row of a support, a product of all rows with all tokens beats a gather for each
 # entry: on a CPU one of the gather's costs about as much as 20 of the product's.
@@ -141,9 +146,24 @@ def last_layer(
     if whole:
         top, support = z, torch.arange(vocabulary, device=z.device).expand(len(z), -1)
     else:
-        top, support = z.topk(k, dim=-1, sorted=False)
+        top, support = likeliest(z, k)
     z_action = z.gather(1, actions[:, None]).squeeze(1)
     return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole)
+
+
+def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of z [N, V] and their columns, [N, k] each, in no order; a NaN is larger than all.
+
+    >>> likeliest(torch.tensor([[1.0, 3.0, 2.0]]), 1)
+    (tensor([[3.]]), tensor([[1]]))
+    """
+    vocabulary = z.shape[-1]
+    if z.device.type == "cpu" and k and vocabulary < _QUICKSELECT * k:
+        ranked = np.argpartition(z.detach().numpy(), vocabulary - k, axis=-1)
+        support = torch.from_numpy(ranked[:, vocabulary - k :].copy())
+        return z.gather(-1, support), support
+    top, support = z.topk(k, dim=-1, sorted=False)
+    return top, support
 
 
 def on_support(
@@ -222,11 +242,20 @@ def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows
     if subsets is not None and key.numel():
         vocabulary = int(key.max()) + 1
         key = key + vocabulary * subsets[:, None]
-    ascending, order = key.flatten().sort(stable=True)
+    ascending, order = _sorted(key.flatten())
     pairs, inverse, counts = torch.unique_consecutive(ascending, return_inverse=True, return_counts=True)
     pair = torch.empty_like(order).scatter_(0, order, inverse).view_as(key)
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return SupportRows(pairs % vocabulary if vocabulary else pairs, pair, order, start)
+
+
+def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of 0 or more [N], ascending, and where each was; equal ones keep their order."""
+    if keys.device.type == "cpu" and keys.numel() and int(keys.max()) < 2**16:
+        # Numpy sorts 16 bits by their digits, in a third of the time that torch takes.
+        order = torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
+        return keys[order], order
+    return keys.sort(stable=True)
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,8 @@ class Planner:
     def _whole_step(self) -> MicroBatch | None:
         """The micro-batches as one, or None before the first."""
         batches = self.micro_batches
-        if not batches:
-            return None
+        if len(batches) < 2:
+            return batches[0] if batches else None
         weights = [batch.weights for batch in batches if batch.weights is not None]
         return MicroBatch(
             LastLayer.cat([batch.layer for batch in batches]),

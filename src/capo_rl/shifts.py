@@ -191,31 +191,42 @@ def subset_direction(
     Several sets of weights [M, N] give v [M, N, k], one gradient each, for little more than one of them costs.
     `rows`: the subsets' rows, by default those of one subset of all tokens.
     """
-    tokens, k = layer.support.shape
-    d = layer.hidden.shape[1]
     rows = support_rows(layer) if rows is None else rows
     gradients = [row_gradient(layer, each, rows) for each in (weights if weights.dim() == 2 else weights[None])]
-    v = layer.u.new_zeros(len(gradients), tokens * k)
-    pair = rows.pair.flatten()
-    shared = len(rows.rows) <= SHARED_ROWS * k
-    # A tile holds the step of some pairs, and then, a tile at a time, their tokens: whole rows, which are read fastest.
-    # Its size is the same in every process, which reduce their gradients a tile at a time.
-    size = max(1, tile_elements(v.device) // max(1, d))
-    for pairs in blocks(len(rows.rows), size):
-        planned = [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients]
-        first, last = int(rows.start[pairs.start]), int(rows.start[pairs.stop])
-        for some in blocks(last, max(1, last - first) if shared else size, first):
+    # A tile is the step of some pairs: whole rows, which are read fastest. Its size is the same in every process, which
+    # reduce their gradients a tile at a time.
+    size = max(1, tile_elements(layer.u.device) // max(1, layer.hidden.shape[1]))
+    tiles = (
+        (pairs, [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients])
+        for pairs in blocks(len(rows.rows), size)
+    )
+    shared = len(rows.rows) <= SHARED_ROWS * layer.support.shape[1]
+    v = layer.u.new_zeros(len(gradients), *layer.support.shape)
+    (_multiply_all if shared else _multiply_own)(v, layer.hidden, rows, tiles)
+    return v.view(*weights.shape[:-1], *layer.support.shape)
+
+
+def _multiply_all(v: Tensor, hidden: Tensor, rows: SupportRows, tiles: Iterable[tuple[slice, list[Tensor]]]) -> None:
+    """Fill v [M, N, k] with U h, for each of M steps U: all rows with all tokens, of which each takes its own."""
+    planned = [step_rows for _, step_rows in tiles]
+    for m in range(len(v) if planned else 0):
+        step_rows = torch.cat([tile[m] for tile in planned])
+        for some in blocks(len(hidden), max(1, tile_elements(v.device) // len(step_rows))):
+            v[m, some] = (hidden[some].to(step_rows.dtype) @ step_rows.T).gather(1, rows.pair[some]).to(v.dtype)
+
+
+def _multiply_own(v: Tensor, hidden: Tensor, rows: SupportRows, tiles: Iterable[tuple[slice, list[Tensor]]]) -> None:
+    """Fill v [M, N, k] with U h, for each of M steps U: every token with its own rows, a tile of entries at a time."""
+    k = v.shape[2]
+    flat, pair = v.view(len(v), -1), rows.pair.flatten()
+    size = max(1, tile_elements(v.device) // max(1, hidden.shape[1]))
+    for pairs, planned in tiles:
+        for some in blocks(int(rows.start[pairs.stop]), size, int(rows.start[pairs.start])):
             entries = rows.order[some]
-            at, token = pair[entries] - pairs.start, entries // k
-            if shared:
-                h = layer.hidden.to(planned[0].dtype)
-                for m, step_rows in enumerate(planned):
-                    v[m, entries] = (step_rows @ h.T)[at, token].to(v.dtype)
-            else:
-                h = layer.hidden.index_select(0, token).to(v.dtype)
-                for m, step_rows in enumerate(planned):
-                    v[m, entries] = step_rows.index_select(0, at).mul_(h).sum(-1).to(v.dtype)
-    return v.view(*weights.shape[:-1], tokens, k)
+            at = pair[entries] - pairs.start
+            h = hidden.index_select(0, entries // k).to(v.dtype)
+            for m, step_rows in enumerate(planned):
+                flat[m, entries] = step_rows.index_select(0, at).mul_(h).sum(-1).to(v.dtype)
 
 
 def shifts_along(v: Tensor, layer: LastLayer, advantages: Tensor, fisher: str = "sampled") -> Shifts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capo_rl.kernels import uses_triton
-from capo_rl.kernels.adam_shifts import Adam, adam_direction, momentum_direction
+from capo_rl.kernels.adam_shifts import Adam, adam_direction, momentum_direction, square_root
 from capo_rl.kernels.moment_update import fused_update_moments, update_moments
 from capo_rl.last_layer import SHARED_ROWS, RowGradient
 
@@ -118,7 +118,7 @@ class AdamStep:
         else:
             p = (1 - adam.beta1) * gradient
             q = gradient.square().mul_(1 - adam.beta2)
-        return p.div_(q.sqrt_().add_(adam.eps)).mul_(adam.lr)
+        return p.div_(square_root(q).add_(adam.eps)).mul_(adam.lr)
 
     def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
         """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d]."""

@@ -30,21 +30,18 @@ def describe(name: str, shifts: Shifts) -> dict[str, float]:
 
 def rejections(keep: Tensor, advantages: Tensor) -> dict[str, float]:
     """The share of tokens rejected: of all, and of those with a positive or a negative advantage (NaN if none)."""
-    figures = {"capo/rejection_rate": _share(~keep)}
-    for sign, members in (("positive", advantages > 0), ("negative", advantages < 0)):
-        figures[f"capo/rejection_rate/{sign}"] = _share(~keep[members])
-    return figures
+    members = torch.stack([torch.ones_like(keep), advantages > 0, advantages < 0])
+    shares = ((members & ~keep).sum(1) / members.sum(1)).tolist()
+    names = ("capo/rejection_rate", "capo/rejection_rate/positive", "capo/rejection_rate/negative")
+    return dict(zip(names, shares, strict=True))
 
 
 def missing_mass(mass: Tensor, bound: float) -> dict[str, float]:
     """How much probability the supports leave out, and how many tokens miss more than `bound`."""
     if not len(mass):
         return {}
-    return {
-        "capo/missing_mass/mean": float(mass.mean()),
-        "capo/missing_mass/max": float(mass.max()),
-        "capo/missing_mass/above_bound": float((mass > bound).sum()),
-    }
+    names = ("capo/missing_mass/mean", "capo/missing_mass/max", "capo/missing_mass/above_bound")
+    return dict(zip(names, torch.stack([mass.mean(), mass.max(), (mass > bound).sum()]).tolist(), strict=True))
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> float:
@@ -55,10 +52,6 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
     """
     finite = one.isfinite() & other.isfinite()
     return spearman(one[finite].tolist(), other[finite].tolist()) if finite.any() else math.nan
-
-
-def _share(members: Tensor) -> float:
-    return float(members.float().mean()) if len(members) else float("nan")
 
 
 def _quantiles(values: Tensor, at: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -50,6 +50,11 @@ STATE_FILE = "capo_state.safetensors"
 ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
 
 logger = logging.getLogger(__name__)
+
+# Arguments of TRL's scoring that are not the model's.
+_SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+# Where every process has the whole model, which can then run without its wrapper.
+_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
@@ -375,21 +380,28 @@ class CAPOTrainer(GRPOTrainer):
         self._rollouts.clear()
 
     def _remember(self, score: partial[Any], mask: Tensor) -> None:
-        """Keep what it takes to run a micro-batch's forward again, on the sample of its completions to be measured."""
+        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured."""
         rows = torch.arange(len(mask), device=mask.device)
+        inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
+        more = [name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None]
         if self.args.capo_kl_sample < 1:
             count = max(1, round(self.args.capo_kl_sample * len(mask)))
             rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
-            arguments = {
-                name: value[rows] if name in ("input_ids", "attention_mask") else value
-                for name, value in score.keywords.items()
-            }
-            if images := [name for name, value in arguments.items() if "image" in name and value is not None]:
-                raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(images)}: set it to 1")
-            score = partial(score.func, **arguments)
+            inputs = {name: value[rows] for name, value in inputs.items()}
+            if more:
+                raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(more)}: set it to 1")
+        if more or self.accelerator.distributed_type not in _WHOLE:
+            # Through TRL's scoring, which knows what to do with these, and the wrapper that brings shards together.
+            run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
+        else:
+            run = partial(self._run_backbone, **inputs)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
-        self._forwards.append(_Forward(score, mask[rows], sampled[mask]))
+        self._forwards.append(_Forward(run, mask[rows], sampled[mask]))
+
+    def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
+        with self.accelerator.autocast():
+            self._causal_lm(model).base_model(**inputs, use_cache=False)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
@@ -486,7 +498,7 @@ class CAPOTrainer(GRPOTrainer):
 
 @dataclass(frozen=True)
 class _Forward:
-    """A micro-batch's forward, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
+    """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
     `sample` [n] among the tokens of the micro-batch."""
 
     run: Callable[[nn.Module], Any]
