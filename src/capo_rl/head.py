@@ -82,8 +82,10 @@ class Head:
     def _logits(self, hidden: Tensor, temperature: float) -> Iterator[tuple[slice, int, Tensor]]:
         """The logits over T [n, v] of some tokens at some rows, with the tokens and the first of the rows."""
         for first, weight, bias in self._tiles():
-            # Working copies of a block (its float form, its exponentials) stay a small part of the input.
-            size = max(1, 16 * tile_elements(hidden.device) // len(weight))
+            # Working copies of a block (its float form, its exponentials) stay a small part of the input, and with a
+            # small vocabulary in the cache.
+            tile = tile_elements(hidden.device)
+            size = max(1, min(8 * tile // len(weight), tile // 2048))
             for some in blocks(len(hidden), size):
                 with self.autocast():  # as the loss projects them
                     z = linear(hidden[some].to(weight.dtype), weight, bias).mul_(self.scale)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from capo_rl.processes import Processes
 
 # Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
-_TILE = {"cpu": 2**18}
+_TILE = {"cpu": 2**19}
 _TILE_ELSEWHERE = 2**24
 
 # On a CPU, up to so many rows of the vocabulary for each one wanted, numpy's quickselect takes less time than torch's
@@ -117,7 +117,7 @@ def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tup
     """
     if isinstance(logits, Tensor):
         # Working copies of a block (its float form, its exponentials) stay a small part of the input.
-        rows = max(1, 16 * tile_elements(logits.device) // max(1, logits.shape[-1]))
+        rows = max(1, 8 * tile_elements(logits.device) // max(1, logits.shape[-1]))
         logits = logits.split(rows)
     start = 0
     for chunk in logits:

@@ -287,7 +287,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         advantages = micro_batch.select("advantages").to_padded_tensor()["advantages"]
         at = _positions(micro_batch, hidden)[rows[mask]]
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
-        tile = max(1, 16 * tile_elements(logits.device) // logits.shape[-1])
+        tile = max(1, 8 * tile_elements(logits.device) // logits.shape[-1])
         return planner.plan(
             hidden[at],
             (logits[some] for some in at.split(tile)),

@@ -28,7 +28,10 @@ def update_moments(
     dtype = torch.promote_types(p.dtype, gradient.values.dtype)
     for moment, beta in ((p, betas[0]), (q, betas[1])):
         for part in moment.split(size):
-            part.copy_(_stored(part.to(dtype) * beta, moment.dtype, chance))
+            if moment.dtype == dtype:
+                part.mul_(beta)
+            else:
+                part.copy_(_stored(part.to(dtype) * beta, moment.dtype, chance))
     for pairs in blocks(len(slots), size):
         g = gradient.part(pairs).mul_(scale)
         for moment, rest, change in ((p, 1 - betas[0], g), (q, 1 - betas[1], g.square())):
