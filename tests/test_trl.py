@@ -172,6 +172,16 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     assert entry["capo/kl/measured"] > 0
 
 
+@pytest.mark.parametrize("sample", [1.0, 0.5])
+def test_measured_kl_is_the_same_through_the_scoring_of_trl(build, monkeypatch, sample):
+    """As where the model is in shards, and only its wrapper can run it."""
+    own = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
+    monkeypatch.setattr("capo_rl.trl._WHOLE", ())
+    scored = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
+    assert [entry["capo/kl/measured"] for entry in own] == [entry["capo/kl/measured"] for entry in scored]
+    assert own[0]["capo/kl/measured"] > 0
+
+
 def test_predicted_kl_is_exact_for_a_small_step_of_the_head_alone(build):
     """With only the head trained, ½ΔψᵀFΔψ of the coming step is the KL it will have, up to the cube of the step."""
     model = make_model()

@@ -390,8 +390,9 @@ class CAPOTrainer(GRPOTrainer):
             inputs = {name: value[rows] for name, value in inputs.items()}
             if more:
                 raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(more)}: set it to 1")
-        if more or self.accelerator.distributed_type not in _WHOLE:
-            # Through TRL's scoring, which knows what to do with these, and the wrapper that brings shards together.
+        if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:
+            # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
+            # together or may prepend the tokens of a tuned prompt.
             run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
         else:
             run = partial(self._run_backbone, **inputs)
