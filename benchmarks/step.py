@@ -115,9 +115,13 @@ def race(options: argparse.Namespace, modes: list[str], overrides: dict[str, Any
     spawn = multiprocessing.get_context("spawn")
     count = options.steps + WARM_UP
     pipes: dict[str, Connection] = {}
+    processes = []
     for mode in modes:
         pipes[mode], end = spawn.Pipe()
-        spawn.Process(target=drive, args=(end, options.recipe, mode, overrides, count, options.threads)).start()
+        processes.append(
+            spawn.Process(target=drive, args=(end, options.recipe, mode, overrides, count, options.threads))
+        )
+        processes[-1].start()
         end.close()  # so that a process that dies ends its pipe
         pipes[mode].recv()
     seconds: dict[str, list[list[float]]] = {mode: [] for mode in modes}
@@ -133,6 +137,8 @@ def race(options: argparse.Namespace, modes: list[str], overrides: dict[str, Any
     for pipe in pipes.values():
         pipe.send("go on")
         rewards.append(pipe.recv())
+    for process in processes:  # the next round's memory is theirs until they end
+        process.join()
     if any(of != rewards[0] for of in rewards):
         raise SystemExit("the modes did not get the same rewards, so they did different work: compare no times")
     return {mode: times[WARM_UP:] for mode, times in seconds.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capo_rl.head import Head
-from capo_rl.last_layer import last_layer, likeliest
+from capo_rl.last_layer import _TILE, last_layer, likeliest
 
 
 def in_tiles(head: Head, size: int):
@@ -80,7 +80,7 @@ def test_log_pi_at_some_rows(monkeypatch, tile):
 def test_blocks_of_tokens_that_do_not_divide_them(monkeypatch):
     head, hidden, actions = a_head(50, 37, 4)
     whole = head.last_layer(hidden, actions, top_k=5)
-    monkeypatch.setattr("capo_rl.head.tile_elements", lambda device: 7 * 2048)  # 7 tokens at a time
+    monkeypatch.setitem(_TILE, "cpu", 7 * 2048)  # 7 tokens at a time
     blocks = head.last_layer(hidden, actions, top_k=5)
     for got, want in zip(by_row(blocks), by_row(whole), strict=True):
         torch.testing.assert_close(got, want)

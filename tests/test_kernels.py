@@ -214,8 +214,9 @@ def test_a_step_takes_both_ways_and_each_for_its_tokens(monkeypatch, shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_square_root_is_right_from_denormals_to_infinity(dtype):
     tiny, most = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
-    q = torch.tensor([0.0, tiny * torch.finfo(dtype).eps, tiny / 3, tiny, 1e-30, 1e-8, 0.3, 4.0, most, torch.inf])
-    q = q.to(dtype)
+    q = torch.tensor(
+        [0.0, tiny * torch.finfo(dtype).eps, tiny / 3, tiny, 1e-30, 1e-8, 0.3, 4.0, most, torch.inf], dtype=dtype
+    )
     torch.testing.assert_close(square_root(q.clone()), q.sqrt(), rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert square_root(torch.tensor([-1.0, torch.nan])).isnan().all()
 

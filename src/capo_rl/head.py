@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
 
-from capo_rl.last_layer import LastLayer, blocks, compute_dtype, likeliest, on_support, tile_elements
+from capo_rl.last_layer import LastLayer, blocks, compute_dtype, likeliest, logit_rows, on_support
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ class Head:
     def _logits(self, hidden: Tensor, temperature: float) -> Iterator[tuple[slice, int, Tensor]]:
         """The logits over T [n, v] of some tokens at some rows, with the tokens and the first of the rows."""
         for first, weight, bias in self._tiles():
-            # Working copies of a block (its float form, its exponentials) stay a small part of the input, and with a
-            # small vocabulary in the cache.
-            tile = tile_elements(hidden.device)
-            size = max(1, min(8 * tile // len(weight), tile // 2048))
-            for some in blocks(len(hidden), size):
+            for some in blocks(len(hidden), logit_rows(len(weight), hidden.device)):
                 with self.autocast():  # as the loss projects them
                     z = linear(hidden[some].to(weight.dtype), weight, bias).mul_(self.scale)
                 yield some, first, z.to(compute_dtype(z.dtype)).div_(temperature)

@@ -35,6 +35,21 @@ def tile_elements(device: torch.device) -> int:
     return _TILE.get(device.type, _TILE_ELSEWHERE)
 
 
+def tile_rows(width: int, device: torch.device) -> int:
+    """How many rows of `width` elements a temporary on `device` may have."""
+    return max(1, tile_elements(device) // max(1, width))
+
+
+def logit_rows(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits may exist at once on `device`.
+
+    Working copies of a block (its float form, its exponentials) stay a small part of the input, and with a small
+    vocabulary in the cache.
+    """
+    tile = tile_elements(device)
+    return max(1, min(8 * tile // max(1, vocabulary), tile // 2048))
+
+
 def tiles(tokens: int, k: int, d: int, budget: int) -> tuple[int, int]:
     """How many tokens and how many columns fit in [block, k, width] of `budget` elements."""
     width = max(1, min(d, budget // max(1, k)))
@@ -116,9 +131,7 @@ def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tup
     Raises `ValueError` if the rows do not add up to the number of tokens.
     """
     if isinstance(logits, Tensor):
-        # Working copies of a block (its float form, its exponentials) stay a small part of the input.
-        rows = max(1, 8 * tile_elements(logits.device) // max(1, logits.shape[-1]))
-        logits = logits.split(rows)
+        logits = logits.split(logit_rows(logits.shape[-1], logits.device))
     start = 0
     for chunk in logits:
         stop = start + len(chunk)

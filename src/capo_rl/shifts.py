@@ -36,7 +36,7 @@ from capo_rl.last_layer import (
     logit_chunks,
     row_gradient,
     support_rows,
-    tile_elements,
+    tile_rows,
 )
 from capo_rl.step import AdamStep, SGDStep
 
@@ -195,7 +195,7 @@ def subset_direction(
     gradients = [row_gradient(layer, each, rows) for each in (weights if weights.dim() == 2 else weights[None])]
     # A tile is the step of some pairs: whole rows, which are read fastest. Its size is the same in every process, which
     # reduce their gradients a tile at a time.
-    size = max(1, tile_elements(layer.u.device) // max(1, layer.hidden.shape[1]))
+    size = tile_rows(layer.hidden.shape[1], layer.u.device)
     tiles = (
         (pairs, [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients])
         for pairs in blocks(len(rows.rows), size)
@@ -211,7 +211,7 @@ def _multiply_all(v: Tensor, hidden: Tensor, rows: SupportRows, tiles: Iterable[
     planned = [step_rows for _, step_rows in tiles]
     for m in range(len(v) if planned else 0):
         step_rows = torch.cat([tile[m] for tile in planned])
-        for some in blocks(len(hidden), max(1, tile_elements(v.device) // len(step_rows))):
+        for some in blocks(len(hidden), tile_rows(len(step_rows), v.device)):
             v[m, some] = (hidden[some].to(step_rows.dtype) @ step_rows.T).gather(1, rows.pair[some]).to(v.dtype)
 
 
@@ -219,7 +219,7 @@ def _multiply_own(v: Tensor, hidden: Tensor, rows: SupportRows, tiles: Iterable[
     """Fill v [M, N, k] with U h, for each of M steps U: every token with its own rows, a tile of entries at a time."""
     k = v.shape[2]
     flat, pair = v.view(len(v), -1), rows.pair.flatten()
-    size = max(1, tile_elements(v.device) // max(1, hidden.shape[1]))
+    size = tile_rows(hidden.shape[1], v.device)
     for pairs, planned in tiles:
         for some in blocks(int(rows.start[pairs.stop]), size, int(rows.start[pairs.start])):
             entries = rows.order[some]

@@ -383,7 +383,7 @@ class CAPOTrainer(GRPOTrainer):
         """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured."""
         rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
-        more = [name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None]
+        more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         if self.args.capo_kl_sample < 1:
             count = max(1, round(self.args.capo_kl_sample * len(mask)))
             rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()

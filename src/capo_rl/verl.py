@@ -45,7 +45,7 @@ except ImportError as error:
         "how to install it beside TRL is in docs/verl.md"
     ) from error
 
-from capo_rl.last_layer import tile_elements
+from capo_rl.last_layer import logit_rows
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.processes import Processes
@@ -287,10 +287,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
         advantages = micro_batch.select("advantages").to_padded_tensor()["advantages"]
         at = _positions(micro_batch, hidden)[rows[mask]]
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
-        tile = max(1, 8 * tile_elements(logits.device) // logits.shape[-1])
         return planner.plan(
             hidden[at],
-            (logits[some] for some in at.split(tile)),
+            (logits[some] for some in at.split(logit_rows(logits.shape[-1], logits.device))),
             input_ids.values().roll(-1)[rows[mask]],
             advantages[mask],
         )

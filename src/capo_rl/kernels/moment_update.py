@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from capo_rl.kernels import jit, tl, triton
-from capo_rl.last_layer import RowGradient, blocks, tile_elements
+from capo_rl.last_layer import RowGradient, blocks, tile_rows
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def update_moments(
     slots [P]: where the moments of the gradient's rows are; `scale` multiplies the gradient. Moments in bfloat16 are
     rounded at random with `seed`.
     """
-    size = max(1, tile_elements(p.device) // max(1, p.shape[1]))
+    size = tile_rows(p.shape[1], p.device)
     chance = torch.Generator(p.device).manual_seed(seed)
     dtype = torch.promote_types(p.dtype, gradient.values.dtype)
     for moment, beta in ((p, betas[0]), (q, betas[1])):
