@@ -60,11 +60,19 @@ def check_equal(one: dict, several: list[dict]) -> None:
         for mine, theirs in zip(several[0]["figures"], other["figures"], strict=True):
             assert without_times(mine) == pytest.approx(without_times(theirs), rel=0, abs=0, nan_ok=True)
     for mine, theirs in zip(one["figures"], several[0]["figures"], strict=True):
-        assert without_times(mine) == pytest.approx(without_times(theirs), rel=1e-3, abs=1e-9, nan_ok=True)
+        assert smooth(mine) == pytest.approx(smooth(theirs), rel=1e-3, abs=1e-9, nan_ok=True)
 
 
 def without_times(figures: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in figures.items() if not name.endswith(("seconds", "bytes"))}
+
+
+def smooth(figures: dict[str, float]) -> dict[str, float]:
+    """The figures that follow a small change of what they are made from, and so don't depend on the order of sums.
+
+    A rank correlation doesn't: completions that begin alike have tokens of equal KL, whose ranks are rounding's.
+    """
+    return {name: value for name, value in without_times(figures).items() if name != "capo/kl/rank_correlation"}
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
