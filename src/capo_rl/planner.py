@@ -32,7 +32,7 @@ from capo_rl.selection import Thresholds, balanced, penalised, select, soft_weig
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import describe as shift_figures
-from capo_rl.telemetry import missing_mass, rejections
+from capo_rl.telemetry import missing_mass, rejections, synchronise
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class Planner:
         Arguments as for `shifts.token_shifts`, or in place of the logits the `Head` that makes them; `sampled_log_pi`
         [n] where the rollouts are those of an earlier policy.
         """
-        with self._timed():
+        with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
             settings: Any = {"temperature": self.temperature, "top_k": self.top_k}
             if isinstance(logits, Head):
@@ -167,7 +167,7 @@ class Planner:
                 "the loss's gradient never reached the log-probabilities CAPO watched, so its moments can't follow "
                 "the optimizer: this version of the trainer computes its loss another way"
             )
-        with self._timed():
+        with self._timed(batch.weights.device):
             weights = scale * batch.weights
             figures = self._figures(batch, weights, describe)
             # A token with no weight has no gradient, and its rows need no memory.
@@ -183,8 +183,10 @@ class Planner:
         """The step is left out, since every token was rejected: count it, leave the moments, return the figures."""
         self.steps_skipped += 1
         batch = self._whole_step()
-        with self._timed():
-            return {} if batch is None else self._figures(batch, None, describe)
+        if batch is None:
+            return {}
+        with self._timed(batch.keep.device):
+            return self._figures(batch, None, describe)
 
     @torch.no_grad()
     def measured_kl(self, sample: list[Tensor], hidden: Callable[[int], Tensor], head: Head) -> tuple[Tensor, Tensor]:
@@ -285,9 +287,11 @@ class Planner:
             )
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, device: torch.device) -> Iterator[None]:
+        synchronise(device)
         start = time.perf_counter()
         yield
+        synchronise(device)
         self._seconds += time.perf_counter() - start
 
 
