@@ -548,3 +548,47 @@ def test_weights_of_one_are_trl(build, instead):
 def test_settings_of_weights_that_contradict_one_another(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+# ---- a network that draws random numbers -------------------------------------------------------------------------
+
+
+def make_random_model(kind: str):
+    model = make_model()
+    if kind == "attention_dropout":
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+    return model
+
+
+LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, lora_dropout=0.1, init_lora_weights=False)
+STOCHASTIC = {
+    "lora_dropout": lambda: {"peft_config": LORA},
+    "attention_dropout": lambda: {"model": make_random_model("attention_dropout")},
+    "neftune": lambda: {"neftune_noise_alpha": 5.0},
+}
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"capo_kl_sample": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", STOCHASTIC)
+def test_kl_is_measured_with_the_random_numbers_of_the_loss(build, kind, more):
+    settings = STOCHASTIC[kind]() | more | {"learning_rate": 1e-12, "max_steps": 2}
+    for entry in logs(build(capo_mode="monitor", **settings)):
+        assert abs(entry["capo/kl/measured"]) < 1e-6  # with others it was about 1
+
+
+def test_kl_is_measured_with_the_random_numbers_of_the_loss_through_the_scoring_of_trl(build, monkeypatch):
+    monkeypatch.setattr("capo_rl.trl._WHOLE", ())
+    test_kl_is_measured_with_the_random_numbers_of_the_loss(build, "attention_dropout", {})
+
+
+@pytest.mark.parametrize("kind", STOCHASTIC)
+def test_watching_a_random_network_is_trl_bit_for_bit(build, kind):
+    stock = trajectory(build(GRPOTrainer, GRPOConfig, **STOCHASTIC[kind]()))
+    assert_bitwise_equal(trajectory(build(capo_mode="monitor", capo_kl_every=1, **STOCHASTIC[kind]())), stock)
+
+
+def test_a_kl_budget_does_not_undo_the_steps_of_a_random_network(build):
+    for entry in logs(build(learning_rate=1e-6, capo_kl_budget=1e-3, **OPEN, **STOCHASTIC["attention_dropout"]())):
+        assert entry["capo/kl/fraction"] == 1.0
+        assert entry["capo/kl/measured"] < 1e-3

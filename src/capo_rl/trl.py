@@ -104,6 +104,7 @@ class CAPOTrainer(GRPOTrainer):
         self._finite = True  # whether the gradient of the coming step is
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
+        self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
@@ -185,12 +186,16 @@ class CAPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
+        self._to_log, self._to_measure = self._due()
+        measured = self._to_measure or self._budget is not None
+        before = _random_state(self._devices(model)) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
+        if measured:
+            after = _random_state(self._devices(model))
+            random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+            self._remember(score, mask, before if random else None)
         self._select(model, inputs, mask, hidden[0], logps)
-        self._to_log, self._to_measure = self._due()
-        if self._to_measure or self._budget is not None:
-            self._remember(score, mask)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
@@ -265,6 +270,13 @@ class CAPOTrainer(GRPOTrainer):
             causal_lm = self.accelerator.unwrap_model(model)
             self._unwrapped = model, causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
         return self._unwrapped[1]
+
+    def _devices(self, model: Any) -> list[torch.device]:
+        """Where the model's random numbers come from: the CPU's generator, and that of each device it lies on."""
+        if self._generators is None:
+            used = {weight.device for weight in self._causal_lm(model).parameters()} | {self.accelerator.device}
+            self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
+        return self._generators
 
     @contextmanager
     def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
@@ -379,26 +391,34 @@ class CAPOTrainer(GRPOTrainer):
             write_step(args.output_dir, step_tokens(step, planner, self._rollouts, **judged_by))
         self._rollouts.clear()
 
-    def _remember(self, score: partial[Any], mask: Tensor) -> None:
-        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured."""
+    def _remember(self, score: partial[Any], mask: Tensor, random: list[Tensor] | None) -> None:
+        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured.
+
+        `random` is where the generators stood before the loss's forward, if that drew from them (dropout, noise on
+        embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
+        micro-batch is run, and the sample is taken from its tokens.
+        """
         rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         if self.args.capo_kl_sample < 1:
             count = max(1, round(self.args.capo_kl_sample * len(mask)))
             rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
-            inputs = {name: value[rows] for name, value in inputs.items()}
+        sampled = torch.zeros_like(mask)
+        sampled[rows] = mask[rows]
+        run_on = sampled
+        if self.args.capo_kl_sample < 1 and random is None:
             if more:
                 raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(more)}: set it to 1")
+            inputs = {name: value[rows] for name, value in inputs.items()}
+            run_on = mask[rows]
         if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:
             # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
             # together or may prepend the tokens of a tuned prompt.
             run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
         else:
             run = partial(self._run_backbone, **inputs)
-        sampled = torch.zeros_like(mask)
-        sampled[rows] = mask[rows]
-        self._forwards.append(_Forward(run, mask[rows], sampled[mask]))
+        self._forwards.append(_Forward(run, run_on, sampled[mask], random))
 
     def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
         with self.accelerator.autocast():
@@ -412,7 +432,7 @@ class CAPOTrainer(GRPOTrainer):
         """The hidden states of a micro-batch's tokens under the weights as they are now."""
         forward = self._forwards[micro_batch]
         with (
-            torch.random.fork_rng(),  # a measurement must not move the random numbers that training draws from
+            _random_numbers(self._devices(self.model_wrapped), forward.random),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
@@ -500,11 +520,12 @@ class CAPOTrainer(GRPOTrainer):
 @dataclass(frozen=True)
 class _Forward:
     """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
-    `sample` [n] among the tokens of the micro-batch."""
+    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any."""
 
     run: Callable[[nn.Module], Any]
     mask: Tensor
     sample: Tensor
+    random: list[Tensor] | None
 
 
 class _AroundTheStep(TrainerCallback):
@@ -551,6 +572,35 @@ def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str
     with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors, json.loads(file.metadata()["counters"])
+
+
+def _random_state(devices: list[torch.device]) -> list[Tensor]:
+    """Where each device's generator stands."""
+    return [
+        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        for device in devices
+    ]
+
+
+def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
+    for device, state in zip(devices, states, strict=True):
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
+    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
+    move the random numbers that training draws from."""
+    before = _random_state(devices)
+    try:
+        if start is not None:
+            _set_random_state(devices, start)
+        yield
+    finally:
+        _set_random_state(devices, before)
 
 
 def _mean(values: Tensor) -> float:
