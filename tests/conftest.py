@@ -80,6 +80,9 @@ SETTINGS = {
     "seed": 7,
 }
 
+# What a test of the mask, or of the figures, starts from: the paper's own method, measured on every completion.
+PAPERS = {"capo_mode": "mask", "capo_share": False, "capo_kl_sample": 1.0}
+
 
 @pytest.fixture
 def build(tmp_path: Path):
@@ -88,12 +91,13 @@ def build(tmp_path: Path):
     def build(trainer=CAPOTrainer, config=CAPOConfig, model=None, rewards=wants_even_words, **settings):
         arguments = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
         model = make_model() if model is None else model
+        settings = SETTINGS | (PAPERS if issubclass(config, CAPOConfig) else {}) | settings
         model.save_pretrained(tmp_path / "model")  # where TRL finds the reference policy when beta > 0
         model.config._name_or_path = str(tmp_path / "model")
         return trainer(
             model=model,
             reward_funcs=rewards,
-            args=config(output_dir=str(tmp_path / "run"), **(SETTINGS | settings)),
+            args=config(output_dir=str(tmp_path / "run"), **settings),
             train_dataset=prompts(),
             processing_class=make_tokenizer(),
             **arguments,

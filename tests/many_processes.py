@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from conftest import SETTINGS, WORDS, make_model, make_tokenizer, prompts, wants_even_words
+from conftest import PAPERS, SETTINGS, WORDS, make_model, make_tokenizer, prompts, wants_even_words
 
 
 class SameCompletions(CAPOTrainer):
@@ -69,7 +69,7 @@ def main(folder: str, settings: dict) -> None:
     trainer = SameCompletions(
         model=make_model(),
         reward_funcs=wants_even_words,
-        args=CAPOConfig(output_dir=folder, **(SETTINGS | {"gradient_accumulation_steps": 1} | settings)),
+        args=CAPOConfig(output_dir=folder, **(SETTINGS | PAPERS | {"gradient_accumulation_steps": 1} | settings)),
         train_dataset=prompts(),
         processing_class=make_tokenizer(),
     )

@@ -26,7 +26,7 @@ SHARES = {
 STEP_MODELS = {"adam": lambda: AdamStep(1e-2), "sgd": lambda: SGDStep(1e-2)}
 
 
-def steps(tokens: slice, rejected, step, balanced=False):
+def steps(tokens: slice, rejected, step):
     """The figures of a few planned steps on some of the tokens, what the moments are after them, and what was sent."""
     planner = Planner(step, Thresholds(None, None), top_k=4, processes=Processes())
     planner.rule = lambda layer, advantages, shifts, sampled: (

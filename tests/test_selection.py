@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capo_rl import SGDStep, Shifts, Thresholds, select, token_shifts
-from capo_rl.selection import balanced, excess, penalised, soft_weights
+from capo_rl.selection import penalised, soft_weights
 
 NAN, INF = float("nan"), float("inf")
 
@@ -55,32 +55,6 @@ BOUNDS = [
     Thresholds(0.0, None),
     Thresholds(INF, (-INF, 0.0)),
 ]
-
-
-@given(VALUES, st.sampled_from(BOUNDS))
-def test_excess_is_positive_where_a_token_is_rejected(values, thresholds):
-    some = shifts([value for value, _ in values], [abs(value) for value, _ in values])
-    assert torch.equal(excess(some, thresholds) > 0, ~select(some, thresholds))
-
-
-@given(VALUES, st.sampled_from(BOUNDS))
-def test_balanced_rejects_the_same_share_of_both_signs_and_as_many_in_all(values, thresholds):
-    some = shifts([value for value, _ in values], [abs(value) for value, _ in values])
-    advantages = torch.tensor([advantage for _, advantage in values])
-    plain, keep = select(some, thresholds), balanced(some, thresholds, advantages)
-    signed = advantages != 0
-    share = float((~plain & signed).sum()) / max(1, int(signed.sum()))
-    assert torch.equal(keep[~signed], plain[~signed])
-    for members in (advantages > 0, advantages < 0):
-        assert abs(int((~keep[members]).sum()) - share * int(members.sum())) <= 0.5 + 1e-4
-        out = excess(some, thresholds)[members]
-        if keep[members].any() and (~keep[members]).any():
-            assert out[~keep[members]].min() >= out[keep[members]].max()
-
-
-def test_balanced_never_keeps_a_shift_that_is_not_finite():
-    some = shifts([NAN, 0.0, 0.0, 0.0], [0.0, 0.0, INF, 0.0])
-    assert balanced(some, Thresholds(None, None), torch.ones(4)).tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize(

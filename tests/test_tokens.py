@@ -102,9 +102,7 @@ def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"capo_mode": "monitor", "num_iterations": 2}, {"capo_balance": True}], ids=str
-)
+@pytest.mark.parametrize("settings", [{}, {"capo_mode": "monitor", "num_iterations": 2}], ids=str)
 def test_recording_changes_nothing_and_tells_what_happened(build, tmp_path, settings):
     plain = build(**SOME, **settings)
     plain.train()

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_rl.trust_region import CONTROLS, CopiedStep, LearningRate, RecomputedStep, shorten
+from capo_rl.trust_region import _MEMORY, CopiedStep, RecomputedStep, Shortened, Steering, shorten, way_back
 
 
 @given(length=st.floats(1e-3, 1e3), budget=st.floats(1e-6, 1.0), power=st.sampled_from([1.0, 2.0, 3.0, 4.0]))
@@ -92,37 +92,97 @@ def test_optimizers_whose_step_is_not_known_are_refused():
         RecomputedStep(torch.optim.AdamW([weight], lr=0.1, amsgrad=True))
 
 
-def walk(control: LearningRate, sharpness: list[float], predicted: float = 1.0) -> list[float]:
-    """The KL of each of a series of steps, whose KL at the whole learning rate would be `sharpness`."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    measured = []
+def walk(control: Steering, sharpness: list[float], lr: float = 2.0) -> list[Shortened]:
+    """What becomes of a series of steps whose KL at the whole learning rate would be `sharpness`."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    updates = []
     for kl in sharpness:
-        control.before_step(optimizer, predicted * control.scale**2)  # as planned: with the scale of the last step
-        measured.append(kl * (optimizer.param_groups[0]["lr"] / 2.0) ** 2)
-        control.after_optimizer(optimizer)
-        assert optimizer.param_groups[0]["lr"] == 2.0
-        control.after_step(lambda: measured[-1], due=True)
-    return measured
+        scale = control.scale(lr)
+        control.before_step(optimizer)
+        updates.append(control.after_step(lr * scale, lambda kl=kl, scale=scale: kl * scale**2))
+    return updates
 
 
-def test_the_learning_rate_follows_the_measured_kl_one_step_late():
-    measured = walk(LearningRate(1e-3, predict=False), [1e-4, 1e-1, 1e-1, 1e-1, *[1e-5] * 5])
-    assert measured[:2] == [1e-4, 1e-1]  # it can't know
-    assert measured[2:4] == pytest.approx([0.9e-3, 0.9e-3])
-    assert measured[4] < measured[5] < measured[8] == 1e-5  # back, at most twice as long a step each time
+def steering(budget: float = 1e-2, start: float = 1.0) -> Steering:
+    return Steering(budget, first=2.0 * start, way=None)
 
 
-def test_the_prediction_keeps_the_budget_from_the_second_step_on():
-    measured = walk(LearningRate(1e-3, predict=True), [1e-1] * 4, predicted=1e-5)
-    assert measured[0] == 1e-1  # nothing was measured yet
-    assert measured[1:] == pytest.approx([0.9e-3] * 3)
+def test_steps_have_a_tenth_of_the_budget_on_average_from_a_slow_start_on():
+    measured = [update.measured for update in walk(steering(start=2**-10), [50.0] * 40)]
+    assert measured[0] == pytest.approx(50 * 2**-20)
+    assert measured[:5] == sorted(measured[:5])
+    assert measured[1] == pytest.approx(4 * measured[0])  # twice the length
+    assert measured[20:] == pytest.approx([1e-3] * 20)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "prediction"])
-def test_a_control_goes_on_from_its_state(name):
-    control = CONTROLS[name](1e-3)
-    walk(control, [1e-1] * 3, predicted=1e-5)
-    other = CONTROLS[name](1e-3)
+@given(st.lists(st.floats(-9, 9), min_size=60, max_size=60))
+def test_no_step_is_longer_than_the_one_before_it_allows(logs):
+    """The moving mean κ̄ is at least 1 − m times its last entry, so KL ≤ B/10 · κ_{n+1} / ((1 − m) κ_n)."""
+    control = steering()
+    sharpness = [math.exp(x) for x in logs]
+    for before, after, kl in zip(sharpness, sharpness[1:], walk(control, sharpness)[1:], strict=False):
+        assert kl.measured <= 1.0001 * after / before * 1e-3 / (1 - _MEMORY)
+
+
+def test_the_learning_rate_is_never_above_the_schedules():
+    assert [update.measured for update in walk(steering(), [1e-8] * 3)] == [1e-8] * 3
+
+
+def test_one_large_step_shortens_those_after_it_and_they_come_back():
+    control = steering()
+    walk(control, [1e-3] * 10)
+    before = control.limit
+    walk(control, [1.0])
+    assert control.limit < before / 10
+    walk(control, [1e-3] * 60)
+    assert control.limit == pytest.approx(before, rel=1e-3)
+
+
+@pytest.mark.parametrize("kl", [math.nan, math.inf])
+def test_a_limit_that_went_to_nothing_comes_back(kl):
+    control = steering()
+    walk(control, [kl] * 200)
+    assert 0 < control.limit < 1e-15
+    assert walk(control, [1e-3] * 120)[-1].measured == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_warm_up_from_zero_says_nothing():
+    control = steering(start=2**-10)
+    control.before_step(None)
+    control.after_step(0.0, lambda: 0.0)
+    assert control.state_dict() == steering(start=2**-10).state_dict()
+    assert control.scale(0.0) == 1.0
+
+
+def test_steering_goes_back_from_an_update_above_the_budget_and_learns_from_the_whole_of_it():
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
+    control = Steering(1e-2, first=1.0, way=way_back)
+    weight.grad = torch.ones(1)
+    control.before_step(optimizer)
+    optimizer.step()
+    update = control.after_step(1.0, lambda: weight.item() ** 2)
+    assert update.proposed == pytest.approx(1.0)
+    assert update.measured == pytest.approx(0.9e-2, rel=1e-3)
+    assert weight.item() ** 2 == pytest.approx(update.measured)
+    assert control.limit == pytest.approx(math.sqrt(1e-3))
+
+
+def test_the_way_back_is_recomputed_where_that_is_exact():
+    def way(dtype=torch.float32, kind=torch.optim.AdamW, **settings):
+        weight = torch.zeros(1, dtype=dtype, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        return way_back(kind([weight], lr=0.1, **settings))
+
+    assert isinstance(way(), RecomputedStep)
+    assert isinstance(way(dtype=torch.bfloat16), CopiedStep)
+    assert isinstance(way(amsgrad=True), CopiedStep)
+    assert isinstance(way(kind=torch.optim.SGD), CopiedStep)
+
+
+def test_steering_goes_on_from_its_state():
+    control, other = steering(), steering(start=2**-10)
+    walk(control, [1e-1] * 3)
     other.load_state_dict(control.state_dict())
-    assert other.state_dict() == control.state_dict() != CONTROLS[name](1e-3).state_dict()
-    assert walk(other, [1e-1], predicted=1e-5) == pytest.approx([0.9e-3])
+    assert other.state_dict() == control.state_dict()
+    assert walk(other, [1e-1] * 3) == walk(control, [1e-1] * 3)

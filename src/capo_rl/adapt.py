@@ -40,7 +40,6 @@ class AdaptThresholds(TrainerCallback, ExportableState):
         for name, unsuitable, why in (
             ("capo_mode", args.capo_mode == "off", "looks at no token"),
             ("capo_granularity", args.capo_granularity != "token", "judges subsets, and the rate is one of tokens"),
-            ("capo_fisher_nats", args.capo_fisher_nats is not None, "moves the bound on m_F already"),
             (
                 "restore_callback_states_from_checkpoint",
                 args.restore_callback_states_from_checkpoint,

@@ -51,9 +51,13 @@ CURVES = (
     "capo/batch/m_f",
     "capo/batch/m_h",
     "capo/kl/measured",
+    "capo/kl/proposed",
+    "capo/kl/whole",
     "capo/kl/predicted",
     "capo/kl/rank_correlation",
     "capo/kl/fraction",
+    "capo/scale",
+    "capo/share",
     "capo/accepted_tokens",
     "capo/thresholds/fisher",
     "grad_norm",
@@ -210,6 +214,8 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             trainer.planner.rule = rival(**beside["rival"], seed=seed)
         if beside["adapt"] is not None:
             trainer.add_callback(AdaptThresholds(trainer, beside["adapt"]))
+        if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1:
+            _audit(trainer)
         generation = _timed(trainer, "_generate_and_score_completions")
         test: dict[str, list[float]] = {"capo/completions": [], "accuracy": []}
         if bench.test:
@@ -250,6 +256,34 @@ def _hardware(device: Any) -> str:
 
     gpu = f", a share of one {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return f"{platform.machine()}, {os.cpu_count()} cores, one thread a run{gpu}"
+
+
+def _audit(trainer: Any) -> None:
+    """Measure every update on all completions too, `capo/kl/whole`: what a control that sees a sample has let through.
+
+    It is of the step as it was left, and no part of the run: the control never sees it.
+    """
+    remember, clear = trainer._remember, trainer.planner.clear
+    whole: list[Any] = []
+
+    def remembered(*args: Any) -> None:
+        sample, trainer.args.capo_kl_sample = trainer.args.capo_kl_sample, 1.0
+        remember(*args)
+        whole.append(trainer._forwards.pop())
+        trainer.args.capo_kl_sample = sample
+        remember(*args)
+
+    def cleared() -> float:
+        if whole and trainer.planner.micro_batches:
+            sampled, trainer._forwards = trainer._forwards, whole
+            masks = [forward.sample for forward in whole]
+            kl, _ = trainer.planner.measured_kl(masks, trainer._hidden_now, trainer._head(trainer.model_wrapped))
+            trainer._forwards = sampled
+            trainer._record({"capo/kl/whole": float(kl.double().mean())})
+        whole.clear()
+        return clear()
+
+    trainer._remember, trainer.planner.clear = remembered, cleared
 
 
 def _timed(trainer: Any, method: str) -> list[float]:

@@ -42,8 +42,8 @@ _ROUNDING = 1e-10  # nats: a measured KL below this is rounding
 _WATCHING = {
     "capo_mode": "monitor",
     "capo_kl_every": 1,
+    "capo_kl_sample": 1.0,
     "capo_kl_budget": "null",
-    "capo_fisher_nats": "null",
     "capo_tokens_every": "null",
     "logging_strategy": "steps",
     "logging_steps": 1,
@@ -395,10 +395,10 @@ def _fields(thresholds: Thresholds) -> dict[str, float]:
 
 def fragment(choice: Choice, heading: Sequence[str]) -> str:
     """The choice as fields of a recipe, with what is known of it in comments."""
-    fields = {name: _number(value) for name, value in _fields(choice.thresholds).items()}
-    if choice.budget is not None:
-        fields = {"capo_mode": "mask"} | fields
-        fields |= {"capo_kl_budget": _number(choice.budget), "capo_kl_control": "learning_rate"}
+    if choice.budget is None:
+        fields = {name: _number(value) for name, value in _fields(choice.thresholds).items()}
+    else:
+        fields = {"capo_mode": "trust_region", "capo_kl_budget": _number(choice.budget)}
     lines = [f"# {line}" for line in [*heading, *choice.remarks]]
     for name, value in fields.items():
         ends = choice.intervals.get(name)

@@ -9,18 +9,20 @@ from trl import GRPOConfig
 from capo_rl.selection import Thresholds
 
 _CHOICES = {
-    "capo_mode": ("off", "monitor", "mask"),
+    "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
     "capo_advantage": ("group", "reward"),
     "capo_granularity": ("token", "sequence", "group", "batch"),
     "capo_step": ("adam", "sgd"),
     "capo_fisher": ("sampled", "expected"),
     "capo_moments": ("float32", "bfloat16"),
-    "capo_kl_control": ("copy", "optimizer", "learning_rate", "prediction"),
-    "capo_kl_moments": ("keep", "shorten"),
+    "capo_kl_control": ("learning_rate", "copy", "optimizer"),
 }
 
 # The losses whose denominators are defined on accepted tokens (docs/algorithm.md, "Denominators").
 MASKABLE_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
+
+# Nats a token that an update of the default mode may have; chosen on the testbed's tuning seeds (docs/testbed.md).
+KL_BUDGET = 5e-3
 
 
 @dataclass
@@ -35,10 +37,12 @@ class CAPOConfig(GRPOConfig):
     """
 
     capo_mode: str = field(
-        default="mask",
+        default="trust_region",
         metadata={
-            "help": "`mask` leaves rejected tokens out of the gradient; `monitor` computes and logs the shifts and "
-            "changes nothing; `off` is TRL's own trainer.",
+            "help": "`trust_region` leaves no token out and makes each step as long as capo_kl_budget allows. `mask`, "
+            "the paper's method, leaves rejected tokens out of the gradient. `shorten` leaves no token out and "
+            "multiplies the step by the share of the accepted ones. `monitor` computes and logs the same and changes "
+            "nothing; `off` is TRL's own trainer.",
             "choices": _CHOICES["capo_mode"],
         },
     )
@@ -103,18 +107,11 @@ class CAPOConfig(GRPOConfig):
         },
     )
 
-    capo_fisher_nats: float | None = field(
-        default=None,
+    capo_share: bool = field(
+        default=True,
         metadata={
-            "help": "delta_F in nats of the KL that updates really have, in place of capo_fisher_threshold: m_F is "
-            "bounded by this over the running ratio of measured KL to mean m_F. Not in the paper. null: off."
-        },
-    )
-    capo_balance: bool = field(
-        default=False,
-        metadata={
-            "help": "Reject the same share of the tokens with A > 0 as of those with A < 0, the worst of each first; "
-            "in all as many as the thresholds would. Not in the paper."
+            "help": "With capo_mode `mask`: multiply the step by the share of the accepted tokens, as long as Adam "
+            "would make it had it seen the rejected ones. Not in the paper: false is its mask."
         },
     )
     capo_soft: bool = field(
@@ -134,23 +131,26 @@ class CAPOConfig(GRPOConfig):
     capo_kl_budget: float | None = field(
         default=None,
         metadata={
-            "help": "No update moves the policy by more than this many nats a token. Not in the paper. null: off."
+            "help": "The trust region, in nats a token: no update is left that moves the policy further, as measured "
+            "on capo_kl_sample of the step's completions. null: 5e-3 with capo_mode `trust_region`, otherwise no "
+            "budget. Not in the paper."
         },
     )
     capo_kl_control: str = field(
-        default="copy",
+        default="learning_rate",
         metadata={
-            "help": "How the budget is kept. `copy`, `optimizer`: measure each update and go back along it, from a "
-            "copy of the weights or as Adam's state tells it; `learning_rate`: by the next step's learning rate; "
-            "`prediction`: by this step's, from the last layer's prediction, calibrated where KL is measured.",
+            "help": "How the budget is kept. `learning_rate`: at most the schedule's, it is set so that updates have "
+            "a tenth of the budget on average, and one above the budget is taken back in part. `copy`, `optimizer`: "
+            "the schedule's rate, and every update above the budget is taken back in part, from a copy of the weights "
+            "or as Adam's state tells it.",
             "choices": _CHOICES["capo_kl_control"],
         },
     )
-    capo_kl_moments: str = field(
-        default="keep",
+    capo_kl_start: float = field(
+        default=2**-10,
         metadata={
-            "help": "Of a step that was taken back in part: `keep` Adam's moments, or `shorten` the first one with it.",
-            "choices": _CHOICES["capo_kl_moments"],
+            "help": "Slow start of capo_kl_control `learning_rate`: the share of learning_rate that the first step may "
+            "have, at most doubled by each step after it."
         },
     )
     capo_kl_every: int | None = field(
@@ -160,7 +160,7 @@ class CAPOConfig(GRPOConfig):
         },
     )
     capo_kl_sample: float = field(
-        default=1.0,
+        default=0.25,
         metadata={"help": "The share of a micro-batch's completions on which KL is measured."},
     )
     capo_tokens_every: int | None = field(
@@ -170,6 +170,18 @@ class CAPOConfig(GRPOConfig):
             "several processes the main one records its share. null: never."
         },
     )
+
+    @property
+    def kl_budget(self) -> float | None:
+        """The budget that holds in this mode, in nats a token; None for no budget."""
+        if self.capo_kl_budget is None and self.capo_mode == "trust_region":
+            return KL_BUDGET
+        return self.capo_kl_budget
+
+    @property
+    def changes_the_run(self) -> bool:
+        """Whether this mode trains otherwise than TRL."""
+        return self.capo_mode not in ("off", "monitor")
 
     @property
     def thresholds(self) -> Thresholds:
@@ -209,30 +221,23 @@ def check_capo(config: Any) -> None:
             )
     if not 0 < config.capo_kl_sample <= 1:
         raise ValueError(f"capo_kl_sample={config.capo_kl_sample} is a share of the completions: give it in (0, 1]")
-    if config.capo_fisher_nats is not None and not config.capo_fisher_nats > 0:
-        raise ValueError(f"capo_fisher_nats={config.capo_fisher_nats} must be above 0, or null for a fixed bound")
-    if config.capo_balance and config.capo_granularity != "token":
-        raise ValueError(
-            f"capo_balance=True balances tokens, and capo_granularity={config.capo_granularity!r} rejects larger "
-            "subsets: use capo_granularity='token'"
-        )
     if config.capo_penalty is not None and not config.capo_penalty > 0:
         raise ValueError(f"capo_penalty={config.capo_penalty} must be above 0, or null for a mask")
     if config.capo_soft or config.capo_penalty is not None:
         if config.capo_soft and config.capo_penalty is not None:
             raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
-        if config.capo_granularity != "token" or config.capo_balance:
-            raise ValueError(
-                "capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token', capo_balance=False"
-            )
+        if config.capo_granularity != "token":
+            raise ValueError("capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token'")
     if config.capo_kl_budget is not None:
         if not config.capo_kl_budget > 0:
             raise ValueError(f"capo_kl_budget={config.capo_kl_budget} must be above 0, or null for no budget")
-        if config.capo_mode != "mask":
+        if config.capo_mode in ("off", "monitor"):
             raise ValueError(
-                f"capo_kl_budget changes the run and capo_mode={config.capo_mode!r} must not: use capo_mode='mask', "
-                "with infinite thresholds if no token is to be rejected"
+                f"capo_kl_budget changes the run and capo_mode={config.capo_mode!r} must not: use "
+                "capo_mode='trust_region', or null"
             )
+    if not 0 < config.capo_kl_start <= 1:
+        raise ValueError(f"capo_kl_start={config.capo_kl_start} is a share of the learning rate: give it in (0, 1]")
     if config.capo_mode == "mask" and config.loss_type not in MASKABLE_LOSSES:
         raise ValueError(
             f"capo_mode='mask' has no denominators for loss_type={config.loss_type!r}: "

@@ -31,7 +31,6 @@ _JUDGED = {
     "sequence": "judged by the mean of its sequence",
     "group": "judged by the mean of its group",
     "batch": "judged by the mean of its batch",
-    "balance": "as many of each sign of A, the furthest out of bounds first",
     "rule": "judged by a rule other than the bounds",
 }
 

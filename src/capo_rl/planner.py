@@ -28,7 +28,8 @@ from capo_rl.last_layer import (
     support_rows,
 )
 from capo_rl.processes import Processes
-from capo_rl.selection import Thresholds, balanced, penalised, select, soft_weights
+from capo_rl.selection import Thresholds, penalised, select, soft_weights
+from capo_rl.share import Share, squared_norms
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import describe as shift_figures
@@ -48,7 +49,8 @@ class MicroBatch:
     `used` [n] are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
     of them, and zero elsewhere.
     `weights` [n] is −∂loss/∂log π(a), known after the backward pass: ratio, clipping, denominators, KL term and the
-    share of the micro-batch in the step are all in it.
+    share of the micro-batch in the step are all in it. `whole` [n] is the same with nothing rejected, where that
+    differs: every token has its own advantage, under the denominators of all tokens.
     """
 
     layer: LastLayer
@@ -57,11 +59,13 @@ class MicroBatch:
     keep: Tensor
     used: Tensor
     weights: Tensor | None = None
+    whole: Tensor | None = None
 
 
 class Planner:
     """Plans optimizer steps one after another.
 
+    With `share` the share ρ of the accepted tokens (`share.Share`) is kept too, which is the trainer's to apply.
     Between two calls of `commit` (or `skip`) the micro-batches of one step are collected: for each token its hidden
     state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
 
@@ -78,16 +82,18 @@ class Planner:
         top_k: int | None = None,
         fisher: str = "sampled",
         max_missing_mass: float = 1.0,
-        balance: bool = False,
         soft: bool = False,
         penalty: float | None = None,
+        share: bool = False,
         processes: Processes | None = None,
     ) -> None:
         self.step, self.thresholds = step, thresholds
         self.processes = processes or Processes()
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
-        self.max_missing_mass, self.balance = max_missing_mass, balance
+        self.max_missing_mass = max_missing_mass
         self.soft, self.penalty = soft, penalty
+        # An SGD step is shorter already by what was left out of its gradient.
+        self.share = Share(step.betas[1]) if share and isinstance(step, AdamStep) else None
         self.rule: Rule | None = None
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
@@ -122,8 +128,6 @@ class Planner:
             if self.rule is not None:
                 before = layer.log_pi_a if sampled_log_pi is None else sampled_log_pi
                 keep = self.rule(layer, advantages, shifts, before) & ~shifts.nonfinite
-            elif self.balance:
-                keep = balanced(shifts, self.thresholds, advantages)
             elif subsets is None:
                 keep = select(shifts, self.thresholds)
             else:
@@ -170,6 +174,12 @@ class Planner:
         with self._timed(batch.weights.device):
             weights = scale * batch.weights
             figures = self._figures(batch, weights, describe)
+            if self.share is not None:
+                whole = weights if batch.whole is None else scale * batch.whole
+                accepted_and_all = torch.stack([whole.where(batch.keep, 0), whole])
+                rows = support_rows(batch.layer).over(self.processes)
+                self.share.update(*squared_norms(batch.layer, accepted_and_all, rows).tolist())
+                figures["capo/share"] = self.share.value
             # A token with no weight has no gradient, and its rows need no memory.
             counted = weights != 0
             layer = batch.layer if counted.all() else batch.layer[counted]
@@ -213,14 +223,14 @@ class Planner:
         batches = self.micro_batches
         if len(batches) < 2:
             return batches[0] if batches else None
-        weights = [batch.weights for batch in batches if batch.weights is not None]
         return MicroBatch(
             LastLayer.cat([batch.layer for batch in batches]),
             torch.cat([batch.advantages for batch in batches]),
             Shifts.cat([batch.shifts for batch in batches]),
             torch.cat([batch.keep for batch in batches]),
             torch.cat([batch.used for batch in batches]),
-            torch.cat(weights) if len(weights) == len(batches) else None,
+            _cat([batch.weights for batch in batches]),
+            _cat([batch.whole for batch in batches]),
         )
 
     def _figures(self, batch: MicroBatch, weights: Tensor | None, describe: bool) -> dict[str, float]:
@@ -293,6 +303,12 @@ class Planner:
         yield
         synchronise(device)
         self._seconds += time.perf_counter() - start
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts after one another, or None if one is missing."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
 
 
 def _everyones(batch: MicroBatch, processes: Processes) -> tuple[Shifts, Tensor, Tensor, Tensor]:

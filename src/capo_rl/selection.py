@@ -73,43 +73,6 @@ def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return keep
 
 
-def balanced(shifts: Shifts, thresholds: Thresholds, advantages: Tensor) -> Tensor:
-    """Keep-mask that rejects as many tokens as `select`, and the same share of those with A > 0 as of those with A < 0.
-
-    Shifts grow with |A|, so where few completions succeed fixed bounds leave out the good ones first and what is left
-    only unlearns. Of each sign the tokens furthest out of bounds are rejected, by `excess`. Not in the paper.
-
-    >>> from capo_rl.shifts import Shifts
-    >>> m_f, zero = torch.tensor([9.0, 8.0, 0.0, 0.2, 0.1, 0.0]), torch.zeros(6)
-    >>> shifts = Shifts(m_h=zero, m_f=m_f, s=zero, c=zero, missing_mass=zero)
-    >>> balanced(shifts, Thresholds(fisher=0.5), torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0]))
-    tensor([False,  True,  True, False,  True,  True])
-    """
-    keep = select(shifts, thresholds)
-    signed = advantages != 0
-    share = (~keep & signed).sum() / signed.sum().clamp(min=1)
-    keep = keep | signed
-    outside = excess(shifts, thresholds)
-    for members in ((advantages > 0).nonzero().squeeze(1), (advantages < 0).nonzero().squeeze(1)):
-        worst = outside[members].argsort(descending=True, stable=True)
-        keep[members[worst[: int((share * len(members)).round())]]] = False
-    return keep & ~shifts.nonfinite
-
-
-def excess(shifts: Shifts, thresholds: Thresholds) -> Tensor:
-    """How far out of bounds a shift is, as a share of the bound it breaks: above 0 where `select` rejects, [N]."""
-    low, high = thresholds.hessian or (None, None)
-    out = torch.full_like(shifts.m_f, -math.inf)
-    for value, bound in (
-        (shifts.m_f, thresholds.fisher),
-        (shifts.m_h, high),
-        (-shifts.m_h, None if low is None else -low),
-    ):
-        if bound is not None and math.isfinite(bound):
-            out = torch.maximum(out, (value - bound) / max(abs(bound), 1e-12))
-    return out.where(~shifts.nonfinite, math.inf)
-
-
 def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     """Weights in [0, 1] in place of a mask, [N]: times its weight, a token's advantage has shifts that are in bounds.
 

@@ -35,9 +35,6 @@ class SGDStep:
     def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
         """Nothing: SGD has no memory."""
 
-    def shorten_momentum(self, fraction: float) -> None:
-        """Nothing: SGD has no memory."""
-
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -147,10 +144,6 @@ class AdamStep:
         else:
             update_moments(p, q, slots, gradient, scale, self.betas, seed=self.steps)
         self.steps += 1
-
-    def shorten_momentum(self, fraction: float) -> None:
-        """Multiply P by the fraction of the last step that was taken (`trust_region.shorten_momentum`)."""
-        self._p *= fraction
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moments by row, in the order they are stored in, and the number of steps, as tensors."""

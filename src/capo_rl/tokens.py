@@ -103,7 +103,7 @@ def step_tokens(
     ]
     longest = max(prompt.shape[1] for prompt in prompts)
     low, high = planner.thresholds.hessian or (None, None)
-    judged = "rule" if planner.rule else "balance" if planner.balance else granularity
+    judged = "rule" if planner.rule else granularity
     return StepTokens(
         completion=np.concatenate([mask.nonzero()[0] + at for mask, at in zip(masks, first, strict=False)]).astype(
             "i4"

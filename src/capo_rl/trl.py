@@ -35,15 +35,14 @@ from trl.trainer.utils import is_async_callable
 from capo_rl.config import CAPOConfig
 from capo_rl.grading import guarded
 from capo_rl.head import Head
-from capo_rl.kl_regression import Ratio
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole
-from capo_rl.selection import Thresholds, accepted_mean
+from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
-from capo_rl.trust_region import CONTROLS, shorten_momentum
+from capo_rl.trust_region import Backtracking, CopiedStep, RecomputedStep, Steering, way_back
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
@@ -59,15 +58,25 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
+# Steps undone one after another at which the run says so.
+_UNDONE = 10
 
 
 class CAPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with curvature-aware selection; arguments are the same, `args` is a `CAPOConfig`.
 
-    Its only change to training, with `capo_mode="mask"`: rejected tokens get an advantage of zero, and denominators
-    count accepted tokens (`selection.accepted_mean`); a step with every token rejected is skipped. `monitor` computes
-    and logs the same and changes nothing; `off` is TRL. In every mode a reward function that raises or returns NaN
-    loses that completion and not the run (`grading.guarded`).
+    Its only change to training is the length of the step and, with `capo_mode="mask"`, what is in it:
+
+        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.Steering`)
+        mask           rejected tokens get an advantage of zero, and denominators count accepted tokens
+                       (`selection.accepted_mean`); a step with every token rejected is skipped; with `capo_share` the
+                       step is multiplied by the accepted tokens' share (`share.Share`)
+        shorten        no token is left out, and the step is multiplied by that share
+        monitor        computes and logs the same and changes nothing
+        off            TRL
+
+    In every mode a reward function that raises or returns NaN loses that completion and not the run
+    (`grading.guarded`).
 
     Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
     than a crash.
@@ -99,11 +108,14 @@ class CAPOTrainer(GRPOTrainer):
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
         self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
-        self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
-        self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
+        self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
+        self._scale = 1.0  # of the coming step's learning rate
+        self._undone = 0  # steps in a row
+        self._lrs: list[float] = []  # the schedule's, while a step is taken at others
         self._finite = True  # whether the gradient of the coming step is
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
+        self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
@@ -114,15 +126,35 @@ class CAPOTrainer(GRPOTrainer):
                 top_k=args.capo_top_k,
                 fisher=args.capo_fisher,
                 max_missing_mass=args.capo_max_missing_mass,
-                balance=args.capo_balance,
                 soft=args.capo_soft,
                 penalty=args.capo_penalty,
+                share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
             )
             self.add_callback(_AroundTheStep(self))
-        if self.is_deepspeed_enabled and args.capo_kl_budget and args.capo_kl_control != "learning_rate":
+        if self.is_deepspeed_enabled:
+            self._check_deepspeed()
+
+    def _control(self, budget: float) -> Backtracking | Steering:
+        """What keeps the budget."""
+        args = self.args
+        if args.capo_kl_control == "learning_rate":
+            # DeepSpeed keeps the weights that count to itself, so there is no way back along its steps.
+            way = None if self.is_deepspeed_enabled else way_back
+            return Steering(budget, args.capo_kl_start * args.learning_rate, way)
+        return Backtracking(budget, CopiedStep if args.capo_kl_control == "copy" else RecomputedStep)
+
+    def _check_deepspeed(self) -> None:
+        """DeepSpeed takes its step inside the backward pass, before anything of the step is known but its rollouts."""
+        args = self.args
+        if args.kl_budget is not None and args.capo_kl_control != "learning_rate":
             raise ValueError(
-                f"capo_kl_control={args.capo_kl_control!r} moves weights or the learning rate of a step that DeepSpeed "
-                "has taken already: use 'learning_rate', which sets the next step's"
+                f"capo_kl_control={args.capo_kl_control!r} moves weights of a step that DeepSpeed has taken already: "
+                "use 'learning_rate', which sets the coming step's"
+            )
+        if args.capo_mode == "shorten" or (args.capo_mode == "mask" and args.capo_share):
+            raise ValueError(
+                f"capo_mode={args.capo_mode!r} with the accepted tokens' share shortens a step that DeepSpeed has "
+                "taken already: use capo_mode='trust_region', or capo_mode='mask' with capo_share=False"
             )
 
     # ---- rollouts: REINFORCE's advantage, group numbers, counts -------------------------------------------------
@@ -185,12 +217,16 @@ class CAPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
+        self._to_log, self._to_measure = self._due()
+        measured = self._to_measure or self._budget is not None
+        before = _random_state(self._devices(model)) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
+        if measured:
+            after = _random_state(self._devices(model))
+            random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+            self._remember(score, mask, before if random else None)
         self._select(model, inputs, mask, hidden[0], logps)
-        self._to_log, self._to_measure = self._due()
-        if self._to_measure or self._budget is not None:
-            self._remember(score, mask)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
@@ -200,10 +236,7 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         advantages = inputs["advantages"]
         advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate() * (self._budget.scale if self._budget else 1.0)
-        if self.args.capo_fisher_nats is not None:
-            bound = self.args.capo_fisher_nats / self._ratio.value
-            self.planner.thresholds = Thresholds(bound, self.args.thresholds.hessian)
+        self.planner.step.lr = self._get_learning_rate() * self._scale
         planned = self.planner.plan(
             hidden[mask],
             self._head(model),
@@ -215,12 +248,21 @@ class CAPOTrainer(GRPOTrainer):
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
         masked = self.args.capo_mode == "mask"
+
+        def watch_written(gradient: Tensor) -> None:
+            own = planned.advantages.where(~planned.shifts.nonfinite, 0)
+            planned.whole = -own * gradient[mask] / self._loss_scale()
+
         if masked:
             keep = mask.clone()
             keep[mask] = planned.keep
             advantages = advantages.clone()
             advantages[mask] = planned.used
-            inputs["advantages"] = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
+            written = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
+            inputs["advantages"] = written
+            if self.planner.share is not None:
+                # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
+                written.requires_grad_().register_hook(watch_written)
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
@@ -265,6 +307,13 @@ class CAPOTrainer(GRPOTrainer):
             causal_lm = self.accelerator.unwrap_model(model)
             self._unwrapped = model, causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
         return self._unwrapped[1]
+
+    def _devices(self, model: Any) -> list[torch.device]:
+        """Where the model's random numbers come from: the CPU's generator, and that of each device it lies on."""
+        if self._generators is None:
+            used = {weight.device for weight in self._causal_lm(model).parameters()} | {self.accelerator.device}
+            self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
+        return self._generators
 
     @contextmanager
     def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
@@ -314,10 +363,18 @@ class CAPOTrainer(GRPOTrainer):
             self._finite = math.isfinite(norm)
         return norm
 
+    def _begin_step(self) -> None:
+        """Before the first micro-batch: what of the schedule's learning rate the coming step may have."""
+        self._scale = 1.0
+        if self._budget is not None:
+            self._scale = self._budget.scale(max(group["lr"] for group in self._optimizer().param_groups))
+        if self.is_deepspeed_enabled:
+            self._scale_learning_rate()
+
     def _before_step(self) -> None:
         """Advance the step model, or skip a step that has nothing left in it, or whose moments no budget could mend."""
         assert self.planner is not None
-        unusable = self._budget is not None and not self._finite
+        unusable = self.args.changes_the_run and not self._finite
         rejected = self.args.capo_mode == "mask" and self.planner.rejects_everything
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
         if (unusable or rejected) and not self.is_deepspeed_enabled:
@@ -326,18 +383,29 @@ class CAPOTrainer(GRPOTrainer):
             figures = self.planner.skip(self._to_log)
         else:
             # Gradients are averaged over processes after the weights were read off.
-            described = self._to_log or self.args.capo_kl_control == "prediction"
-            figures = self.planner.commit(self._clip / self.accelerator.num_processes, described)
+            figures = self.planner.commit(self._clip / self.accelerator.num_processes, self._to_log)
         self._clip, self._finite = 1.0, True
-        if self._budget is not None:
-            self._budget.before_step(self._optimizer(), figures.get("capo/kl/predicted", 0.0))
+        if self.planner.share is not None and self.args.changes_the_run:
+            self._scale *= self.planner.share.value
+        if not self.is_deepspeed_enabled:
+            self._scale_learning_rate()
+            if self._budget is not None:
+                self._budget.before_step(self._optimizer())
         figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
+    def _scale_learning_rate(self) -> None:
+        groups = self._optimizer().param_groups
+        self._lrs = [group["lr"] for group in groups]
+        if self._scale != 1.0:
+            for group in groups:
+                group["lr"] *= self._scale
+
     def _after_optimizer(self) -> None:
-        if self._budget is not None:
-            self._budget.after_optimizer(self._optimizer())
+        """Give the learning rate back before the scheduler looks at it."""
+        for group, lr in zip(self._optimizer().param_groups, self._lrs, strict=True):
+            group["lr"] = lr
 
     def _after_step(self) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
@@ -355,15 +423,17 @@ class CAPOTrainer(GRPOTrainer):
             return _mean(tokens[0])
 
         figures: dict[str, float] = {}
+        if self.args.changes_the_run:
+            figures["capo/scale"] = self._scale
         if self._budget is not None:
-            figures = self._budget.after_step(measure_kl, due=self._to_measure)
-            if self.args.capo_kl_moments == "shorten" and "capo/kl/proposed" in figures:
-                shorten_momentum(self._optimizer(), figures["capo/kl/fraction"])
-                planner.step.shorten_momentum(figures["capo/kl/fraction"])
+            update = self._budget.after_step(self._scale * max(self._lrs), measure_kl)
+            figures["capo/kl/measured"] = update.measured
+            figures["capo/kl/proposed"] = update.proposed
+            figures["capo/kl/fraction"] = update.fraction
+            self._watch_undone(update.fraction == 0)
         elif self._to_measure:
-            figures = {"capo/kl/measured": measure_kl()}
+            figures["capo/kl/measured"] = measure_kl()
         if tokens is not None:
-            self._ratio.update(figures["capo/kl/measured"], _mean(tokens[1]))
             figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
             figures["capo/kl/seconds"] = time.perf_counter() - start
         self._record_tokens(planner)
@@ -371,6 +441,16 @@ class CAPOTrainer(GRPOTrainer):
             figures["capo/bytes"] = float(planner.processes.take_bytes())
         self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
+
+    def _watch_undone(self, undone: bool) -> None:
+        self._undone = self._undone + 1 if undone else 0
+        if self._undone == _UNDONE:
+            logger.warning(
+                "%d steps in a row were over capo_kl_budget=%g however short, or had a KL that is no number, and were "
+                "undone: the model does not train. Look at capo/kl/proposed; a smaller learning_rate may help",
+                _UNDONE,
+                self._budget.budget if self._budget else math.nan,
+            )
 
     def _record_tokens(self, planner: Planner) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
@@ -381,26 +461,34 @@ class CAPOTrainer(GRPOTrainer):
             write_step(args.output_dir, step_tokens(step, planner, self._rollouts, **judged_by))
         self._rollouts.clear()
 
-    def _remember(self, score: partial[Any], mask: Tensor) -> None:
-        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured."""
+    def _remember(self, score: partial[Any], mask: Tensor, random: list[Tensor] | None) -> None:
+        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured.
+
+        `random` is where the generators stood before the loss's forward, if that drew from them (dropout, noise on
+        embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
+        micro-batch is run, and the sample is taken from its tokens.
+        """
         rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         if self.args.capo_kl_sample < 1:
             count = max(1, round(self.args.capo_kl_sample * len(mask)))
             rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
-            inputs = {name: value[rows] for name, value in inputs.items()}
+        sampled = torch.zeros_like(mask)
+        sampled[rows] = mask[rows]
+        run_on = sampled
+        if self.args.capo_kl_sample < 1 and random is None:
             if more:
                 raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(more)}: set it to 1")
+            inputs = {name: value[rows] for name, value in inputs.items()}
+            run_on = mask[rows]
         if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:
             # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
             # together or may prepend the tokens of a tuned prompt.
             run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
         else:
             run = partial(self._run_backbone, **inputs)
-        sampled = torch.zeros_like(mask)
-        sampled[rows] = mask[rows]
-        self._forwards.append(_Forward(run, mask[rows], sampled[mask]))
+        self._forwards.append(_Forward(run, run_on, sampled[mask], random))
 
     def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
         with self.accelerator.autocast():
@@ -414,7 +502,7 @@ class CAPOTrainer(GRPOTrainer):
         """The hidden states of a micro-batch's tokens under the weights as they are now."""
         forward = self._forwards[micro_batch]
         with (
-            torch.random.fork_rng(),  # a measurement must not move the random numbers that training draws from
+            _random_numbers(self._devices(self.model_wrapped), forward.random),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
@@ -453,8 +541,8 @@ class CAPOTrainer(GRPOTrainer):
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
                 "steps_skipped": self.planner.steps_skipped,
-                "ratio": self._ratio.state_dict(),
                 "budget": {} if self._budget is None else self._budget.state_dict(),
+                "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
         _save(Path(output_dir, STATE_FILE), tensors, counters)
 
@@ -476,9 +564,10 @@ class CAPOTrainer(GRPOTrainer):
         if self.planner is not None:
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             self.planner.steps_skipped = counters.get("steps_skipped", 0)
-            self._ratio.load_state_dict(counters.get("ratio", {}))
-            if self._budget is not None:
-                self._budget.load_state_dict(counters.get("budget", {}))
+            if self._budget is not None and (kept := counters.get("budget")):
+                self._budget.load_state_dict(kept)
+            if self.planner.share is not None and (kept := counters.get("share")):
+                self.planner.share.load_state_dict(kept)
             self.planner.step.load_state_dict(tensors)
         if counters["processes"] != self.accelerator.num_processes:
             self._step = 0  # a generation batch starts here
@@ -502,11 +591,12 @@ class CAPOTrainer(GRPOTrainer):
 @dataclass(frozen=True)
 class _Forward:
     """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
-    `sample` [n] among the tokens of the micro-batch."""
+    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any."""
 
     run: Callable[[nn.Module], Any]
     mask: Tensor
     sample: Tensor
+    random: list[Tensor] | None
 
 
 class _AroundTheStep(TrainerCallback):
@@ -518,6 +608,9 @@ class _AroundTheStep(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.capo_tokens_every is not None and state.is_world_process_zero:
             rewind_steps(args.output_dir, state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._begin_step()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._before_step()
@@ -553,6 +646,35 @@ def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str
     with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
         tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return tensors, json.loads(file.metadata()["counters"])
+
+
+def _random_state(devices: list[torch.device]) -> list[Tensor]:
+    """Where each device's generator stands."""
+    return [
+        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        for device in devices
+    ]
+
+
+def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
+    for device, state in zip(devices, states, strict=True):
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
+    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
+    move the random numbers that training draws from."""
+    before = _random_state(devices)
+    try:
+        if start is not None:
+            _set_random_state(devices, start)
+        yield
+    finally:
+        _set_random_state(devices, before)
 
 
 def _mean(values: Tensor) -> float:

@@ -1,15 +1,16 @@
-"""Control of the whole step: no update moves the policy by more than a budget of KL, in nats a token.
+"""A trust region for the whole step: no update moves the policy by more than a budget of KL, in nats a token.
 
-The last-layer model sees one layer; a budget is about all of them. Four ways to keep it, the surest first:
+The last-layer model sees one layer; a budget is about all of them, so KL is measured after each update, on the step's
+own tokens. KL is quadratic in the length of a small step: a step whose KL is D times the budget is shortened by √D.
+Three ways to keep a budget B:
 
-    copy           measure the step that was taken, go back along it from a copy of the weights made before it
+    learning_rate  steer: the coming step's learning rate is at most √(B/10 / κ̄), where κ̄ is the moving mean of the KL
+                   that a step of learning rate 1 would have had; go back along an update that is over B all the same
+    copy           take every step at the schedule's rate, go back along it from a copy of the weights made before it
     optimizer      the same without the copy: Adam's state still holds the step
-    learning_rate  measure, and set the next step's learning rate by it; no step is taken back
-    prediction     set this step's learning rate by the last layer's predicted KL times how far the measured one was
-                   above it when last measured; no forward pass but for the calibration
 
-KL is quadratic in the length of a small step, so a step whose KL is D times the budget is shortened by √D. Going back
-along the optimizer's own step is TRPO's backtracking line search (Schulman et al., 2015).
+Going back along the optimizer's own step is TRPO's backtracking line search (Schulman et al., 2015); steering by the
+last KL is PPO's adaptive coefficient (Schulman et al., 2017) with the learning rate in the penalty's place.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from capo_rl.kl_regression import Ratio
-
 Measure = Callable[[], float]
 
 # Aim a little under the budget: at the budget itself rounding would ask for try after try.
 _AIM = 0.9
-_GROWTH = 2.0  # how much longer a step may be than the one before it, when the learning rate comes back
+# Of the steered learning rate: the mean KL it aims at, as a share of the budget; what is left of the mean's old values
+# at each step; how much longer a step may be than the one before it; what is left after one whose KL was no number.
+_MEAN, _MEMORY, _GROWTH, _SHRINK = 0.1, 0.8, 2.0, 0.1
+_FLOOR = 1e-20  # of the learning rate, from which it can double its way back
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class RecomputedStep:
             raise ValueError("capo_kl_control='optimizer' does not know amsgrad's step: use 'copy'")
         self._optimizer = optimizer
         self._lrs = [float(group["lr"]) for group in optimizer.param_groups]  # the scheduler moves them on
-        self._steps = {weight: self._count(weight) for weight in _trained(optimizer)}
+        self._stepped = {weight for weight in _trained(optimizer) if weight.grad is not None}
         self._fraction = 1.0
 
     @torch.no_grad()
@@ -115,10 +117,10 @@ class RecomputedStep:
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
             decay = lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
             for weight in group["params"]:
-                steps = self._count(weight)
-                if steps == self._steps.get(weight):
+                if weight not in self._stepped:
                     continue  # it had no gradient, and was left alone
                 state = self._optimizer.state[weight]
+                steps = float(state["step"])
                 beta1, beta2 = group["betas"]
                 root = (state["exp_avg_sq"] / (1 - beta2**steps)).sqrt_().add_(group["eps"])
                 # w = w₀ − f (αU + αλ w₀), from which w₀
@@ -127,35 +129,35 @@ class RecomputedStep:
                 weight.copy_(before.mul(1 - fraction * decay).sub_(step, alpha=fraction))
         self._fraction = fraction
 
-    def _count(self, weight: Tensor) -> float:
-        return float(self._optimizer.state.get(weight, {}).get("step", 0.0))
+
+def way_back(optimizer: Optimizer) -> Way:
+    """The cheaper way back from the coming step: from Adam's moments where they make its step to the last digit."""
+    exact = all(weight.dtype in (torch.float32, torch.float64) for weight in _trained(optimizer))
+    adam = isinstance(optimizer, torch.optim.Adam) and not any(group["amsgrad"] for group in optimizer.param_groups)
+    return RecomputedStep(optimizer) if exact and adam else CopiedStep(optimizer)
 
 
 class Backtracking:
-    """Measure every step, and go back along one that is over the budget."""
-
-    scale = 1.0  # of the learning rate
+    """Every step at the schedule's rate; one that is over the budget is taken back in part."""
 
     def __init__(self, budget: float, way: Callable[[Optimizer], Way]) -> None:
         self.budget = budget
         self._way = way
         self._step: Way | None = None
 
-    def before_step(self, optimizer: Optimizer, predicted: float) -> None:
+    def scale(self, lr: float) -> float:
+        """What to multiply the learning rate of the coming step by."""
+        return 1.0
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """The step is about to be taken: keep the way back."""
         self._step = self._way(optimizer)
 
-    def after_optimizer(self, optimizer: Optimizer) -> None:
-        pass
-
-    def after_step(self, measure: Measure, due: bool) -> dict[str, float]:
+    def after_step(self, lr: float, measure: Measure) -> Shortened:
+        """The step was taken at the learning rate `lr`: measure it, and take back what is over the budget."""
         assert self._step is not None
-        update = shorten(self._step.take, measure, self.budget)
-        self._step = None
-        return {
-            "capo/kl/measured": update.measured,
-            "capo/kl/proposed": update.proposed,
-            "capo/kl/fraction": update.fraction,
-        }
+        update, self._step = shorten(self._step.take, measure, self.budget), None
+        return update
 
     def state_dict(self) -> dict[str, float]:
         return {}
@@ -164,68 +166,59 @@ class Backtracking:
         pass
 
 
-class LearningRate:
-    """Scale the learning rate of the coming step; `predict` chooses between the two rules of the module's head."""
+class Steering:
+    """The learning rate that keeps the mean KL of updates at a tenth of the budget, and the way back from one above it.
 
-    def __init__(self, budget: float, predict: bool) -> None:
-        self.budget, self.predict = budget, predict
-        self.scale = 1.0
-        self.ratio = Ratio()
-        self._predicted = 0.0
-        self._lrs: list[float] = []
+        κ̄ = Σ_t m^{n−t} KL_t / lr_t²  /  Σ_t m^{n−t}        limit_{n+1} = min(2 limit_n, √(B/10 / κ̄))
 
-    def before_step(self, optimizer: Optimizer, predicted: float) -> None:
-        """`predicted`: of the coming step in nats a token, planned with the `scale` of the last one."""
-        whole = predicted / self.scale**2  # at the schedule's own learning rate
-        if self.predict:
-            kl = whole * self.ratio.value
-            self.scale = min(1.0, math.sqrt(_AIM * self.budget / kl)) if kl > 0 else 1.0
-        self._predicted = whole * self.scale**2
-        self._lrs = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.scale
+    The mean is arithmetic, so one large update shortens those after it at once, and a small one lengthens them slowly:
+    at one learning rate the KL of a step varies by a factor of ten and more from batch to batch. Nothing is known at
+    first: the limit is `first`, and at most doubles each step. `way=None`, for engines that own the weights: no update
+    is taken back.
 
-    def after_optimizer(self, optimizer: Optimizer) -> None:
-        """Give the learning rate back before the scheduler looks at it."""
-        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = lr
+    >>> control = Steering(budget=1e-2, first=1e-6, way=None)
+    >>> control.scale(1e-3)                                # at first a thousandth of the schedule's rate
+    0.001
+    >>> _ = control.after_step(1e-6, lambda: 1e-9)          # κ̄ = 1e3: √(1e-3 / 1e3) = 1e-3, but at most twice 1e-6
+    >>> control.scale(1e-3)
+    0.002
+    """
 
-    def after_step(self, measure: Measure, due: bool) -> dict[str, float]:
-        figures = {"capo/kl/fraction": self.scale}
-        if self.predict and not due:
-            return figures
-        kl = measure()
-        figures["capo/kl/measured"] = kl
-        if self.predict:
-            self.ratio.update(kl, self._predicted)
-            figures["capo/kl/ratio"] = self.ratio.value
-        elif kl > 0:  # a step without a gradient says nothing
-            change = math.sqrt(_AIM * self.budget / kl) if math.isfinite(kl) else 0.1
-            self.scale = min(1.0, self.scale * min(_GROWTH, change))
-        return figures
+    def __init__(self, budget: float, first: float, way: Callable[[Optimizer], Way] | None) -> None:
+        self.budget, self.limit = budget, first
+        self._way = way
+        self._step: Way | None = None
+        self._kl = self._weight = 0.0
+
+    def scale(self, lr: float) -> float:
+        """What to multiply the learning rate of the coming step by, given the schedule's."""
+        return min(1.0, self.limit / lr) if lr > 0 else 1.0
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """The step is about to be taken: keep the way back."""
+        self._step = None if self._way is None else self._way(optimizer)
+
+    def after_step(self, lr: float, measure: Measure) -> Shortened:
+        """The step was taken at the learning rate `lr`: measure it, go back if it is over the budget, learn from it."""
+        if self._step is None:
+            kl = measure()
+            update = Shortened(kl, kl, 1.0)
+        else:
+            update, self._step = shorten(self._step.take, measure, self.budget), None
+        if not math.isfinite(update.proposed):
+            self.limit = max(_SHRINK * min(lr, self.limit), _FLOOR)
+        elif update.proposed > 0:  # a step of length zero says nothing
+            self._kl = _MEMORY * self._kl + update.proposed / lr**2
+            self._weight = _MEMORY * self._weight + 1
+            allowed = math.sqrt(_MEAN * self.budget * self._weight / self._kl)
+            self.limit = max(min(_GROWTH * self.limit, allowed), _FLOOR)
+        return update
 
     def state_dict(self) -> dict[str, float]:
-        return {"scale": self.scale, **self.ratio.state_dict()}
+        return {"limit": self.limit, "kl": self._kl, "weight": self._weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.scale = state.get("scale", 1.0)
-        self.ratio.load_state_dict(state)
-
-
-CONTROLS: dict[str, Callable[[float], Backtracking | LearningRate]] = {
-    "copy": lambda budget: Backtracking(budget, CopiedStep),
-    "optimizer": lambda budget: Backtracking(budget, RecomputedStep),
-    "learning_rate": lambda budget: LearningRate(budget, predict=False),
-    "prediction": lambda budget: LearningRate(budget, predict=True),
-}
-
-
-@torch.no_grad()
-def shorten_momentum(optimizer: Optimizer, fraction: float) -> None:
-    """Multiply Adam's first moments by the fraction of the step that was taken, so that the rest doesn't come back."""
-    for weight in _trained(optimizer):
-        if "exp_avg" in optimizer.state.get(weight, {}):
-            optimizer.state[weight]["exp_avg"] *= fraction
+        self.limit, self._kl, self._weight = state["limit"], state["kl"], state["weight"]
 
 
 def _trained(optimizer: Optimizer) -> Iterator[Tensor]:
