@@ -27,6 +27,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -360,6 +361,7 @@ class CAPOTrainer(GRPOTrainer):
 
         def measure_kl() -> float:
             nonlocal tokens
+            self._reshard()
             sample = [forward.sample for forward in self._forwards]
             tokens = planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
             return _mean(tokens[0])
@@ -437,7 +439,16 @@ class CAPOTrainer(GRPOTrainer):
             self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
             forward.run(self.model_wrapped)
+        self._reshard()
         return hidden[0][forward.mask]
+
+    def _reshard(self) -> None:
+        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
+        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            for module in self.model_wrapped.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _record(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
