@@ -261,7 +261,7 @@ def test_a_batch_rejected_whole_skips_the_step_and_is_counted(build):
     assert moments == [1, 2, 2, 2]
     assert [entry["capo/steps_skipped"] for entry in entries] == [0, 0, 1, 2]
     assert entries[-1]["capo/rejection_rate"] == 1
-    assert entries[-1]["capo/kl/measured"] == 0
+    assert ["capo/kl/measured" in entry for entry in entries] == [True, True, False, False]
 
 
 def test_a_kl_budget_bounds_every_update(build):
@@ -339,21 +339,123 @@ def test_momentum_is_shortened_with_the_step_in_the_optimizer_and_in_its_model(b
     assert p.norm() < kept.planner.step.moments(torch.arange(len(head)))[0].norm()
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_under_a_budget(build):
-    trainer = build(capo_kl_budget=1e-3, max_steps=3, **OPEN)
-    trainer.add_callback(Watch(lambda: None))
-    clip = trainer._clip_grad_norm
+def poison(trainer, step: int = 1) -> None:
+    """Make one entry of the head's gradient NaN, at one step."""
 
-    def poison(model):
-        if trainer.state.global_step == 1:
-            model.lm_head.weight.grad[0, 0] = math.nan
-        return clip(model)
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient[0, 0] = math.nan if trainer.state.global_step == step else gradient[0, 0]
+        return gradient
 
-    trainer._clip_grad_norm = poison
+    trainer.model.lm_head.weight.register_hook(spoil)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capo_kl_budget": 1e-3},
+        {"capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"},
+        {"capo_kl_budget": 1e-3, "capo_kl_control": "learning_rate"},
+        {"capo_kl_budget": 1e-3, "capo_kl_control": "prediction"},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("clipped", [True, False, None])
+def test_a_gradient_that_is_not_finite_skips_the_step(build, settings, clipped):
+    """Whether TRL looks at its norm to clip it, only to log it, or (None, as older ones) not at all."""
+    trainer = build(max_steps=3, max_grad_norm=1.0 if clipped else 0.0, **OPEN, **settings)
+    if clipped is None:
+        trainer._get_grad_norm = lambda model, grad_norm=None: grad_norm
+    poison(trainer)
     entries = logs(trainer)
     assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 1]
+    assert [entry["capo/steps_skipped/nonfinite"] for entry in entries] == [0, 1, 1]
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
     assert trainer.planner.step.steps == 2
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_also_where_tokens_are_rejected(build):
+    trainer = build(max_steps=3, **SOME)
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda *each: compute(*each) * (math.nan if trainer.state.global_step == 1 else 1)
+    entries = logs(trainer)
+    assert entries[1]["capo/rejection_rate"] > 0
+    assert [entry["capo/steps_skipped/nonfinite"] for entry in entries] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_is_left_to_trl_while_watching(build, max_grad_norm):
+    runs = []
+    for mode in ("off", "monitor"):
+        trainer = build(capo_mode=mode, max_steps=2, max_grad_norm=max_grad_norm)
+        poison(trainer)
+        trainer.train()
+        runs.append(trainer)
+    for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert runs[1].planner.steps_skipped == 0
+    assert runs[1].planner.step.steps == 2
+    assert runs[1].planner.step.moments(torch.arange(8))[0].isnan().any()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 0.0])
+@pytest.mark.parametrize("mode", ["mask", "monitor"])
+def test_the_step_model_stands_still_where_a_loss_scaler_skips_the_optimizer(build, mode, max_grad_norm):
+    trainer = build(capo_mode=mode, max_steps=4, max_grad_norm=max_grad_norm, capo_top_k=None, **OPEN)
+    accelerator = trainer.accelerator  # Accelerate has fp16 for accelerators only: what matters of it, on a CPU
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    accelerator.unscale_gradients = lambda optimizer=None: accelerator.scaler.unscale_(trainer._optimizer())
+    poison(trainer, step=2)
+    entries = logs(trainer)
+    head = trainer.model.lm_head.weight
+    state = trainer._optimizer().state[head]
+    p, q = trainer.planner.step.moments(torch.arange(len(head)))
+    assert accelerator.scaler.get_scale() == 4.0
+    assert trainer.planner.step.steps == int(state["step"]) == 3
+    assert state["exp_avg"].isfinite().all()
+    torch.testing.assert_close(p, -state["exp_avg"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(q, state["exp_avg_sq"], rtol=1e-4, atol=1e-10)
+    assert entries[-1]["capo/steps_skipped/nonfinite"] == 1
+
+
+@pytest.mark.parametrize("control", ["copy", "optimizer", "learning_rate", "prediction"])
+def test_a_control_hears_nothing_of_a_step_that_was_skipped(build, control):
+    """A predicted KL of zero set the scale back to one, and the next steps were planned too long."""
+    trainer = build(max_steps=4, capo_kl_budget=1e-4, capo_kl_control=control, **OPEN)
+    poison(trainer, step=2)
+    heard = []
+
+    def listen(name):
+        call = getattr(trainer._budget, name)
+
+        def spy(*args, **kwargs):
+            heard.append((trainer.state.global_step, name))
+            return call(*args, **kwargs)
+
+        setattr(trainer._budget, name, spy)
+
+    for name in ("before_step", "after_optimizer", "after_step"):
+        listen(name)
+    entries = logs(trainer)
+    assert heard == [
+        call
+        for step in (0, 1, 3)
+        for call in ((step, "before_step"), (step, "after_optimizer"), (step + 1, "after_step"))
+    ]
+    assert [entry.keys() >= {"capo/kl/measured", "capo/kl/fraction"} for entry in entries] == [True, True, False, True]
+    assert not any("kl/measured" in name or "fraction" in name for name in entries[2])
+    assert trainer._get_learning_rate() == trainer.args.learning_rate
+
+
+def test_the_learning_rate_that_was_used_is_logged(build):
+    trainer = build(capo_kl_budget=1e-3, capo_kl_control="learning_rate", **OPEN)
+    used = []
+    trainer.add_callback(Watch(lambda: used.append(trainer._optimizer().param_groups[0]["lr"])))
+    entries = logs(trainer)
+    assert all(entry["learning_rate"] == 1e-2 for entry in entries)
+    assert [entry["capo/learning_rate"] for entry in entries] == used
+    assert min(used) < 1e-2
 
 
 def test_a_bound_in_nats_follows_the_measured_kl(build):

@@ -92,6 +92,7 @@ class Planner:
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
         self.steps_skipped = 0
+        self.steps_nonfinite = 0  # those of the skipped whose gradient was not finite
         self._seconds = 0.0
         self._warned = False
 
@@ -179,9 +180,11 @@ class Planner:
         return figures
 
     @torch.no_grad()
-    def skip(self, describe: bool = True) -> dict[str, float]:
-        """The step is left out, since every token was rejected: count it, leave the moments, return the figures."""
+    def skip(self, describe: bool = True, nonfinite: bool = False) -> dict[str, float]:
+        """The step is left out, since every token was rejected or its gradient is `nonfinite`: count it, leave the
+        moments, return the figures."""
         self.steps_skipped += 1
+        self.steps_nonfinite += nonfinite
         batch = self._whole_step()
         with self._timed():
             return {} if batch is None else self._figures(batch, None, describe)

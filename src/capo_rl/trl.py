@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -66,9 +67,9 @@ class CAPOTrainer(GRPOTrainer):
     """TRL's `GRPOTrainer` with curvature-aware selection; arguments are the same, `args` is a `CAPOConfig`.
 
     Its only change to training, with `capo_mode="mask"`: rejected tokens get an advantage of zero, and denominators
-    count accepted tokens (`selection.accepted_mean`); a step with every token rejected is skipped. `monitor` computes
-    and logs the same and changes nothing; `off` is TRL. In every mode a reward function that raises or returns NaN
-    loses that completion and not the run (`grading.guarded`).
+    count accepted tokens (`selection.accepted_mean`); a step with every token rejected is skipped, and one whose
+    gradient is not finite. `monitor` computes and logs the same and changes nothing; `off` is TRL. In every mode a
+    reward function that raises or returns NaN loses that completion and not the run (`grading.guarded`).
 
     Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
     than a crash.
@@ -96,13 +97,13 @@ class CAPOTrainer(GRPOTrainer):
         args = self.args
         self.planner: Planner | None = None
         self._completions = 0
-        self._clip = 1.0
+        self._norm: float | None = None  # of the coming step's gradient, before clipping
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
         self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
         self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
-        self._finite = True  # whether the gradient of the coming step is
+        self._skipped = False  # whether the last step was left out
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
@@ -230,8 +231,9 @@ class CAPOTrainer(GRPOTrainer):
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
-            # With a KL term a rejected token still has a gradient.
-            if masked and self.beta == 0.0 and planned.weights[~planned.keep].any():
+            # With a KL term a rejected token still has a gradient, and with a loss of NaN all have one.
+            left = planned.weights[~planned.keep]
+            if masked and self.beta == 0.0 and (left[left.isfinite()] != 0).any():
                 raise RuntimeError(
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
@@ -322,34 +324,71 @@ class CAPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if norm is not None:
-            self._clip = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
-            self._finite = math.isfinite(norm)
+        self._norm = None if norm is None else float(norm)
         return norm
 
-    def _before_step(self) -> None:
-        """Advance the step model, or skip a step that has nothing left in it, or whose moments no budget could mend."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
+        self._norm = None if norm is None else float(norm)
+        return norm
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether the coming step's gradient has neither NaN nor infinity, in any process."""
         assert self.planner is not None
-        unusable = self._budget is not None and not self._finite
-        rejected = self.args.capo_mode == "mask" and self.planner.rejects_everything
+        if self.is_deepspeed_enabled:
+            return not self.accelerator.optimizer_step_was_skipped  # it looked by itself, and has taken the step
+        if self._norm is not None:
+            finite = math.isfinite(self._norm)
+        else:
+            self.accelerator.unscale_gradients()  # as clipping would have
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            shards = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+            norms = [torch.linalg.vector_norm(shard, dtype=torch.float32).to(self.args.device) for shard in shards]
+            finite = not norms or bool(torch.stack(norms).isfinite().all())
+        return not self.planner.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
+
+    def _clip(self, finite: bool) -> float:
+        """What clipping multiplied the gradient by, as the optimizer's moments see it."""
+        if not finite:
+            return math.nan
+        if self._norm is None or not self.args.max_grad_norm > 0:
+            return 1.0
+        return min(1.0, self.args.max_grad_norm / (self._norm + 1e-6))
+
+    def _before_step(self) -> None:
+        """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
+        planner = self.planner
+        assert planner is not None
+        finite = self._gradient_is_finite()
+        masked = self.args.capo_mode not in ("off", "monitor")
+        # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
+        unusable = not finite and (masked or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
-        if (unusable or rejected) and not self.is_deepspeed_enabled:
-            # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
-            self.model.zero_grad(set_to_none=True)
-            figures = self.planner.skip(self._to_log)
+        rejected = not unusable and masked and not self.is_deepspeed_enabled and planner.rejects_everything
+        self._skipped = unusable or rejected
+        if self._skipped:
+            if masked and not self.is_deepspeed_enabled:
+                # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
+                self.model.zero_grad(set_to_none=True)
+            figures = planner.skip(self._to_log, nonfinite=unusable)
         else:
             # Gradients are averaged over processes after the weights were read off.
             described = self._to_log or self.args.capo_kl_control == "prediction"
-            figures = self.planner.commit(self._clip / self.accelerator.num_processes, described)
-        self._clip, self._finite = 1.0, True
-        if self._budget is not None:
+            figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, described)
+        self._norm = None
+        if self._budget is not None and not self._skipped:  # from a step that is not taken there is nothing to learn
             self._budget.before_step(self._optimizer(), figures.get("capo/kl/predicted", 0.0))
-        figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
+            figures["capo/learning_rate"] = float(self._optimizer().param_groups[0]["lr"])
+        figures["capo/steps_skipped"] = float(planner.steps_skipped)
+        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
+    def _has_scaler(self) -> bool:
+        return self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None
+
     def _after_optimizer(self) -> None:
-        if self._budget is not None:
+        if self._budget is not None and not self._skipped:
             self._budget.after_optimizer(self._optimizer())
 
     def _after_step(self) -> None:
@@ -367,7 +406,9 @@ class CAPOTrainer(GRPOTrainer):
             return _mean(tokens[0])
 
         figures: dict[str, float] = {}
-        if self._budget is not None:
+        if self._skipped:
+            pass  # the policy is where it was
+        elif self._budget is not None:
             figures = self._budget.after_step(measure_kl, due=self._to_measure)
             if self.args.capo_kl_moments == "shorten" and "capo/kl/proposed" in figures:
                 shorten_momentum(self._optimizer(), figures["capo/kl/fraction"])
@@ -482,6 +523,7 @@ class CAPOTrainer(GRPOTrainer):
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
                 "steps_skipped": self.planner.steps_skipped,
+                "steps_nonfinite": self.planner.steps_nonfinite,
                 "ratio": self._ratio.state_dict(),
                 "budget": {} if self._budget is None else self._budget.state_dict(),
             }
@@ -505,6 +547,7 @@ class CAPOTrainer(GRPOTrainer):
         if self.planner is not None:
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             self.planner.steps_skipped = counters.get("steps_skipped", 0)
+            self.planner.steps_nonfinite = counters.get("steps_nonfinite", 0)
             self._ratio.load_state_dict(counters.get("ratio", {}))
             if self._budget is not None:
                 self._budget.load_state_dict(counters.get("budget", {}))
