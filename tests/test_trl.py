@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
-from conftest import make_model
+from conftest import make_model, wants_even_words
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
@@ -650,6 +650,87 @@ def test_weights_of_one_are_trl(build, instead):
 def test_settings_of_weights_that_contradict_one_another(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+# ---- counts, and which steps are logged --------------------------------------------------------------------------
+
+
+def test_totals_are_logged_as_they_stand_and_not_in_the_mean_of_the_window(build):
+
+    def entries(logging_steps):
+        trainer = build(max_steps=4, logging_steps=logging_steps, **SOME)
+        poison(trainer, step=3)
+        return logs(trainer)
+
+    windows, steps = entries(2), entries(1)
+    assert len(windows) == 2
+    for name in ("capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"):
+        assert [entry[name] for entry in windows] == [steps[1][name], steps[3][name]], name
+    assert windows[1]["capo/steps_skipped"] == 1
+    assert windows[0]["capo/completions"] == 16
+
+
+def test_a_step_of_which_only_tokens_without_an_advantage_were_accepted_is_skipped(build):
+    """Its gradient is zero, and momentum would move the weights all the same."""
+    trainer = build(max_steps=3, rewards=lambda completions, **_: [0.0] * 4 + wants_even_words(completions)[4:], **SOME)
+    weights = []
+
+    def look():
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        if len(weights) == 1:
+            trainer.planner.rule = lambda layer, advantages, shifts, before: advantages == 0
+
+    trainer.add_callback(Watch(look))
+    entries = logs(trainer)
+    weights.append(trainer.model.lm_head.weight.detach())
+    assert [not torch.equal(one, other) for one, other in itertools.pairwise(weights)] == [True, False, False]
+    assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 2]
+    assert 0 < entries[-1]["capo/rejection_rate"] < 1
+
+
+def test_a_run_that_skips_most_of_its_steps_says_so_at_its_end(build, caplog):
+    build(max_steps=3, capo_fisher_threshold=0.0).train()
+    (message,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
+    assert message.startswith("3 of 3 steps were skipped, 0 of them")
+    caplog.clear()
+    build(max_steps=3, **SOME).train()
+    assert "were skipped" not in caplog.text
+
+
+def test_a_training_broken_off_in_the_middle_of_a_step_leaves_nothing_to_the_next(build):
+    trainer = build(gradient_accumulation_steps=2, max_steps=2, capo_tokens_every=1, **SOME)
+    compute = trainer._compute_loss
+    losses, seen = [], []
+
+    def interrupted(*args):
+        losses.append(compute(*args))
+        if len(losses) == 1:
+            raise KeyboardInterrupt
+        return losses[-1]
+
+    trainer._compute_loss = interrupted
+    trainer.add_callback(Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._forwards)))))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert seen == [(2, 2), (2, 2)]
+    assert trainer.planner.step.steps == 2
+
+
+def test_kl_is_measured_at_the_last_step_of_an_epoch_where_epochs_are_logged(build):
+    trainer = build(max_steps=-1, num_train_epochs=2, logging_strategy="epoch", capo_mode="monitor")
+    trainer.train_dataset = trainer.train_dataset.select(range(6))  # three steps of two prompts, four times
+    measured = []
+    measure = trainer.planner.measured_kl
+    trainer.planner.measured_kl = lambda *args: (measured.append(trainer.state.global_step), measure(*args))[1]
+    entries = logs(trainer)
+    assert [entry["step"] for entry in entries] == measured == [3, 6]
+    assert all(entry["capo/kl/measured"] > 0 and "capo/token/m_f/mean" in entry for entry in entries)
+
+
+def test_kl_is_measured_where_a_run_ends_in_the_middle_of_an_epoch(build):
+    (entry,) = logs(build(max_steps=3, logging_strategy="epoch", capo_mode="monitor"))
+    assert entry["capo/kl/measured"] > 0
 
 
 # ---- a network that draws random numbers -------------------------------------------------------------------------

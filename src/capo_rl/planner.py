@@ -145,12 +145,16 @@ class Planner:
 
     @property
     def rejects_everything(self) -> bool:
-        """Whether the step has tokens and none of them was accepted, in any process."""
+        """Whether the step has tokens with an advantage and none of them was accepted, in any process.
+
+        Tokens without one have no gradient of their own, and moments would move the weights by themselves. Where no
+        token has an advantage nothing was taken away, and the step is what it is without selection.
+        """
         if not self.micro_batches:
             return False
-        counts = [torch.stack([batch.keep.sum(), (~batch.keep).sum()]) for batch in self.micro_batches]
-        accepted, rejected = self.processes.total(torch.stack(counts).sum(0)).tolist()
-        return rejected > 0 and not accepted
+        counts = [torch.stack([(batch.advantages != 0).sum(), (batch.used != 0).sum()]) for batch in self.micro_batches]
+        some, left = self.processes.total(torch.stack(counts).sum(0)).tolist()
+        return some > 0 and not left
 
     @torch.no_grad()
     def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:
@@ -187,7 +191,8 @@ class Planner:
         self.steps_nonfinite += nonfinite
         batch = self._whole_step()
         with self._timed():
-            return {} if batch is None else self._figures(batch, None, describe)
+            figures = {} if batch is None else self._figures(batch, None, describe)
+        return figures | {"capo/accepted_tokens": float(self.accepted_tokens)}
 
     @torch.no_grad()
     def measured_kl(self, sample: list[Tensor], hidden: Callable[[int], Tensor], head: Head) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+# Figures that count from the start of the run.
+_TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
 # Where every process has the whole model, which can then run without its wrapper.
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -313,8 +315,12 @@ class CAPOTrainer(GRPOTrainer):
     def _due(self) -> tuple[bool, bool]:
         """Whether the figures of the coming step will be logged, and whether its KL is to be measured."""
         args, step = self.args, self.state.global_step + 1
-        logged = step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        logged = logged if args.logging_strategy == "steps" else args.logging_strategy != "no"
+        if args.logging_strategy == "steps":
+            logged = step % self.state.logging_steps == 0
+        else:  # the dataloader knows its end one batch ahead, and a step's batches are fetched before the first is used
+            last = self.accelerator.gradient_state.end_of_dataloader or step >= self.state.max_steps
+            logged = args.logging_strategy == "epoch" and last
+        logged = logged or (step == 1 and args.logging_first_step)
         return logged, step % args.capo_kl_every == 0 if args.capo_kl_every else logged
 
     def _loss_scale(self) -> float:
@@ -383,6 +389,29 @@ class CAPOTrainer(GRPOTrainer):
         figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
+
+    def _start(self) -> None:
+        """Forget what a training that was broken off in the middle of a step has left."""
+        assert self.planner is not None
+        self.planner.clear()
+        self._forwards.clear()
+        self._rollouts.clear()
+        self._unplanned = self._norm = None
+
+    def _end(self) -> None:
+        """Say so where most of the run's steps were left out."""
+        planner, steps = self.planner, self.state.global_step
+        assert planner is not None
+        if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
+            logger.warning(
+                "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
+                "token that had an advantage was rejected, so most of this run trained nothing: raise "
+                "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
+                "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
+                planner.steps_skipped,
+                steps,
+                planner.steps_nonfinite,
+            )
 
     def _has_scaler(self) -> bool:
         return self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None
@@ -492,8 +521,10 @@ class CAPOTrainer(GRPOTrainer):
                     module.reshard()
 
     def _record(self, figures: dict[str, float]) -> None:
+        metrics = self._metrics["train"]
         for name, value in figures.items():
-            self._metrics["train"][name].append(value)
+            # TRL logs the mean since it last logged; of a total that is running the last is meant
+            metrics[name] = [value] if name in _TOTALS else [*metrics[name], value]
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -583,14 +614,18 @@ class _Forward:
 
 
 class _AroundTheStep(TrainerCallback):
-    """Calls the trainer before and after each optimizer step."""
+    """Calls the trainer before and after each optimizer step, and the whole training."""
 
     def __init__(self, trainer: CAPOTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._start()
         if args.capo_tokens_every is not None and state.is_world_process_zero:
             rewind_steps(args.output_dir, state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._end()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._before_step()
