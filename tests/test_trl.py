@@ -652,6 +652,69 @@ def test_settings_of_weights_that_contradict_one_another(build, settings, messag
         build(**settings)
 
 
+def test_an_optimizer_whose_step_is_not_known_is_refused_before_the_first(build):
+    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"}
+    with pytest.raises(ValueError, match="optim='sgd' is another: use optim='adamw_torch', or capo_kl_control='copy'"):
+        build(optim="sgd", **settings)
+    model = make_model()
+    for optimizer, error in (
+        (torch.optim.SGD(model.parameters(), lr=0.1), TypeError),
+        (torch.optim.AdamW(model.parameters(), amsgrad=True), ValueError),
+    ):
+        with pytest.raises(error, match="use 'copy'"):
+            build(model=model, optimizers=(optimizer, None), **settings)
+    trainer = build(max_steps=1, **settings)
+    trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", torch.optim.SGD(trainer.model.parameters()))
+    trainer._compute_loss = lambda *_: pytest.fail("the first loss is too late")
+    with pytest.raises(TypeError, match="use 'copy'"):
+        trainer.train()
+
+
+# ---- steps without tokens ----------------------------------------------------------------------------------------
+
+
+def leave_out(trainer, empty) -> None:
+    """Mask out the completions of which `empty(step, row)` holds, as TRL does with truncated ones."""
+    generate = trainer._generate_and_score_completions
+
+    def generated(inputs):
+        output = generate(inputs)
+        for row in range(len(output["completion_mask"])):
+            if empty(trainer.state.global_step, row):
+                output["completion_mask"][row] = 0
+        return output
+
+    trainer._generate_and_score_completions = generated
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_kl_is_sampled_among_completions_that_have_tokens(build, dropout):
+    """The sample was the first completion, and the mean of nothing where that had no tokens: a good step was undone."""
+    settings = {"capo_kl_sample": 0.25, "capo_kl_budget": 10.0, "gradient_accumulation_steps": 1}
+    if dropout:
+        settings |= STOCHASTIC["attention_dropout"]()
+    trainer = build(**OPEN, **settings)
+    leave_out(trainer, lambda step, row: row > 0)  # TRL shuffles them afterwards
+    for entry in logs(trainer):
+        assert entry["capo/kl/fraction"] == 1.0
+        assert 0 < entry["capo/kl/measured"] < 10.0
+
+
+@pytest.mark.parametrize("control", [None, "copy", "optimizer", "learning_rate"])
+def test_a_step_without_tokens_is_not_measured_and_left_out_under_a_budget(build, control):
+    budget = {} if control is None else {"capo_kl_budget": 10.0, "capo_kl_control": control}
+    trainer = build(max_steps=3, **OPEN, **budget)
+    leave_out(trainer, lambda step, row: step == 1)
+    weights = []
+    trainer.add_callback(Watch(lambda: weights.append(trainer.model.lm_head.weight.detach().clone())))
+    entries = logs(trainer)
+    assert ["capo/kl/measured" in entry for entry in entries] == [True, False, True]
+    assert entries[2]["capo/kl/measured"] > 0
+    # without a budget it is TRL's, whose momentum moves the weights
+    assert entries[2]["capo/steps_skipped"] == (0 if control is None else 1)
+    assert torch.equal(weights[1], weights[2]) == (control is not None)
+
+
 # ---- counts, and which steps are logged --------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ class Planner:
     state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
 
     Each of several `processes` plans its own tokens. Moments and figures are those of all tokens together, and so is
-    the decision to skip: `rejects_everything`, `commit`, `skip` and `measured_kl` are collective.
+    the decision to skip: `rejects_everything`, `is_empty`, `commit`, `skip` and `measured_kl` are collective.
     """
 
     def __init__(
@@ -155,6 +155,14 @@ class Planner:
         counts = [torch.stack([(batch.advantages != 0).sum(), (batch.used != 0).sum()]) for batch in self.micro_batches]
         some, left = self.processes.total(torch.stack(counts).sum(0)).tolist()
         return some > 0 and not left
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step has no token at all, in any process."""
+        if not self.micro_batches:
+            return True
+        device = self.micro_batches[0].keep.device
+        return not self.processes.total(torch.tensor(sum(len(each.keep) for each in self.micro_batches), device=device))
 
     @torch.no_grad()
     def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:

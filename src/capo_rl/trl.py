@@ -45,7 +45,7 @@ from capo_rl.selection import Thresholds, accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
-from capo_rl.trust_region import CONTROLS, shorten_momentum
+from capo_rl.trust_region import CONTROLS, check_recomputable, shorten_momentum
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+# What `optim` may be where Adam's step is recomputed.
+_RECOMPUTED = ("adamw_torch", "adamw_torch_fused")
 # Figures that count from the start of the run.
 _TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
 # Where every process has the whole model, which can then run without its wrapper.
@@ -104,8 +106,10 @@ class CAPOTrainer(GRPOTrainer):
         self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.capo_kl_budget is None else CONTROLS[args.capo_kl_control](args.capo_kl_budget)
+        self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._ratio = Ratio()  # measured KL over mean m_F, for capo_fisher_nats
         self._skipped = False  # whether the last step was left out
+        self._empty = False  # whether it has no tokens to measure its KL on
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
@@ -124,6 +128,14 @@ class CAPOTrainer(GRPOTrainer):
                 penalty=args.capo_penalty,
             )
             self.add_callback(_AroundTheStep(self))
+        if self._recomputes and self.optimizer is not None:
+            check_recomputable(self._optimizer())
+        elif self._recomputes and self.optimizer_cls_and_kwargs is None and args.optim not in _RECOMPUTED:
+            name = getattr(args.optim, "value", args.optim)
+            raise ValueError(
+                f"capo_kl_control='optimizer' recomputes the step of torch's AdamW, and optim={name!r} is "
+                f"another: use optim={_RECOMPUTED[0]!r}, or capo_kl_control='copy'"
+            )
         if self.is_deepspeed_enabled and args.capo_kl_budget and args.capo_kl_control != "learning_rate":
             raise ValueError(
                 f"capo_kl_control={args.capo_kl_control!r} moves weights or the learning rate of a step that DeepSpeed "
@@ -371,7 +383,10 @@ class CAPOTrainer(GRPOTrainer):
         unusable = not finite and (masked or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
         rejected = not unusable and masked and not self.is_deepspeed_enabled and planner.rejects_everything
-        self._skipped = unusable or rejected
+        # Without a token there is no KL to measure and none to hold to a budget, but momentum would move the weights.
+        self._empty = (self._to_measure or self._budget is not None) and planner.is_empty
+        unbounded = self._empty and self._budget is not None and not self.is_deepspeed_enabled
+        self._skipped = unusable or rejected or unbounded
         if self._skipped:
             if masked and not self.is_deepspeed_enabled:
                 # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
@@ -393,6 +408,8 @@ class CAPOTrainer(GRPOTrainer):
     def _start(self) -> None:
         """Forget what a training that was broken off in the middle of a step has left."""
         assert self.planner is not None
+        if self._recomputes:
+            check_recomputable(self._optimizer())
         self.planner.clear()
         self._forwards.clear()
         self._rollouts.clear()
@@ -405,7 +422,8 @@ class CAPOTrainer(GRPOTrainer):
         if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
             logger.warning(
                 "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
-                "token that had an advantage was rejected, so most of this run trained nothing: raise "
+                "token that had an advantage was rejected, or under a KL budget no completion had a token (truncated ones "
+                "masked out, say), so most of this run trained nothing: raise "
                 "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
                 "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
                 planner.steps_skipped,
@@ -432,11 +450,12 @@ class CAPOTrainer(GRPOTrainer):
             self._reshard()
             sample = [forward.sample for forward in self._forwards]
             tokens = planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
-            return _mean(tokens[0])
+            # processes of different machines may sum in another order, and must go back equally far
+            return planner.processes.agreed(_mean(tokens[0]), self.args.device)
 
         figures: dict[str, float] = {}
-        if self._skipped:
-            pass  # the policy is where it was
+        if self._skipped or self._empty:
+            pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
             figures = self._budget.after_step(measure_kl, due=self._to_measure)
             if self.args.capo_kl_moments == "shorten" and "capo/kl/proposed" in figures:
@@ -474,8 +493,11 @@ class CAPOTrainer(GRPOTrainer):
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         if self.args.capo_kl_sample < 1:
-            count = max(1, round(self.args.capo_kl_sample * len(mask)))
-            rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
+            # of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
+            # sake, since with shards all processes have to take part.
+            rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
+            count = max(1, round(self.args.capo_kl_sample * len(rows)))
+            rows = rows[torch.linspace(0, len(rows) - 1, count, device=mask.device).round().long()]
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
