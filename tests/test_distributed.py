@@ -137,6 +137,17 @@ def test_a_kl_budget_takes_the_same_share_of_each_step_where_weights_are_sharded
         torch.testing.assert_close(sharded[0]["weights"][name], weight, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", [{}, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_loss_of_one_process_that_is_not_finite_skips_the_step_in_all(tmp_path, engine, max_grad_norm):
+    several = run(tmp_path, 2, max_steps=3, poisoned=1, max_grad_norm=max_grad_norm, **SOME, **engine)
+    for each in several:
+        skipped = [step["capo/steps_skipped/nonfinite"] for step in each["figures"] if "capo/completions" in step]
+        assert skipped == [0, 1, 1]
+        assert all(tensor.isfinite().all() for tensor in each["moments"].values() if isinstance(tensor, torch.Tensor))
+    assert all(weight.isfinite().all() for weight in several[0]["weights"].values())
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after):
     saves = {"save_strategy": "steps", "save_steps": 3}
