@@ -422,8 +422,8 @@ class CAPOTrainer(GRPOTrainer):
         if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
             logger.warning(
                 "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
-                "token that had an advantage was rejected (or, under a KL budget, no completion had a token that was not "
-                "masked out), so most of this run trained nothing: raise "
+                "token that had an advantage was rejected (or, under a KL budget, all completions were masked out), so "
+                "most of this run trained nothing: raise "
                 "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
                 "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
                 planner.steps_skipped,
