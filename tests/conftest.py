@@ -89,7 +89,7 @@ def build(tmp_path: Path):
     """`build(trainer_class, model=..., **settings)`: a trainer on the tiny model."""
 
     def build(trainer=CAPOTrainer, config=CAPOConfig, model=None, rewards=wants_even_words, **settings):
-        arguments = {key: settings.pop(key) for key in ("peft_config", "callbacks") if key in settings}
+        arguments = {key: settings.pop(key) for key in ("peft_config", "callbacks", "optimizers") if key in settings}
         model = make_model() if model is None else model
         settings = SETTINGS | (PAPERS if issubclass(config, CAPOConfig) else {}) | settings
         model.save_pretrained(tmp_path / "model")  # where TRL finds the reference policy when beta > 0

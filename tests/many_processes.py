@@ -65,6 +65,8 @@ def main(folder: str, settings: dict) -> None:
         partition_on_a_cpu()
     name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
     completions = settings.pop("completions", 8)  # a step, of all processes
+    poisoned = settings.pop("poisoned", None)  # the step at which the last process's loss is NaN
+    blind = settings.pop("blind", False)  # TRL does not look at the gradient's norm, as older ones without clipping
     settings.setdefault("per_device_train_batch_size", completions // world)
     trainer = SameCompletions(
         model=make_model(),
@@ -86,6 +88,15 @@ def main(folder: str, settings: dict) -> None:
             # TRL shuffles each process's completions, so they are told apart by what they say.
             verdicts[trainer.state.global_step, *ids.tolist()] = keep.tolist(), m_f.tolist()
 
+    if blind:
+        trainer._get_grad_norm = lambda model, grad_norm=None: grad_norm
+    compute = trainer._compute_loss
+
+    def compute_loss(*args):
+        spoil = trainer.state.global_step == poisoned and trainer.accelerator.process_index == world - 1
+        return compute(*args) * (float("nan") if spoil else 1.0)
+
+    trainer._compute_loss = compute_loss
     sharded: list[bool] = []
     head = trainer._head
 

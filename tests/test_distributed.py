@@ -27,12 +27,13 @@ def run(folder: Path, processes: int, **settings) -> list[dict]:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     name = f"on-{processes}"
+    path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [*command, str(here / "many_processes.py"), str(folder), json.dumps({"name": name} | settings)],
         capture_output=True,
         text=True,
         timeout=280,
-        env=os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
@@ -114,6 +115,37 @@ def test_a_kl_budget_takes_the_same_share_of_each_step_in_every_process(tmp_path
     assert len(fractions) == 3
     assert min(fractions) < 1
     assert not any(math.isnan(fraction) for fraction in fractions)
+
+
+@pytest.mark.parametrize("control", ["copy", "optimizer"])
+def test_a_kl_budget_takes_the_same_share_of_each_step_where_weights_are_sharded(tmp_path, control):
+    """A module whose weights stay together after a forward pass must not answer with those from before a way back."""
+    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": control, "max_steps": 3, **OPEN}
+    whole = run(tmp_path, 2, **settings)
+    sharded = run(tmp_path, 2, **settings, **FSDP2)
+    assert all(each["sharded_head"] for each in sharded)
+    names = ("capo/kl/proposed", "capo/kl/measured", "capo/kl/fraction")
+    figures = [
+        [step[name] for step in each["figures"] for name in names if name in step] for each in (*whole, *sharded)
+    ]
+    assert len(figures[0]) == 9
+    assert figures[0] == figures[1]
+    assert figures[2] == figures[3]
+    assert figures[2] == pytest.approx(figures[0], rel=1e-3)
+    assert min(figures[0][2::3]) < 1
+    for name, weight in whole[0]["weights"].items():
+        torch.testing.assert_close(sharded[0]["weights"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", [{}, FSDP2], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("norm", [{"max_grad_norm": 1.0}, {"max_grad_norm": 0.0, "blind": True}], ids=str)
+def test_a_loss_of_one_process_that_is_not_finite_skips_the_step_in_all(tmp_path, engine, norm):
+    several = run(tmp_path, 2, max_steps=3, poisoned=1, **norm, **SOME, **engine)
+    for each in several:
+        skipped = [step["capo/steps_skipped/nonfinite"] for step in each["figures"] if "capo/completions" in step]
+        assert skipped == [0, 1, 1]
+        assert all(tensor.isfinite().all() for tensor in each["moments"].values() if isinstance(tensor, torch.Tensor))
+    assert all(weight.isfinite().all() for weight in several[0]["weights"].values())
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +60,8 @@ def both(rank: int, folder: str) -> None:
         first = sum(sizes[:rank])
         for model, make in STEP_MODELS.items():
             results[share, model] = steps(slice(first, first + sizes[rank]), rejected, make())
+    # as where one machine sums in another order than the next
+    results["agreed"] = [Processes().agreed(value + rank * 1e-9, torch.device("cpu")) for value in (0.1, math.nan)]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -87,6 +91,12 @@ def test_two_processes_plan_the_step_of_one(halves, share, model):
     assert all(("skipped" in step) == (share == "all rejected") for step in figures)
 
 
+def test_what_a_decision_hangs_on_is_the_first_processs_number_in_all(halves):
+    for half in halves:
+        assert half["agreed"][0] == 0.1
+        assert math.isnan(half["agreed"][1])
+
+
 def test_one_process_is_all_there_is():
     alone = Processes()
     values = torch.tensor([1, 2])
@@ -94,4 +104,5 @@ def test_one_process_is_all_there_is():
     assert alone.total(values) is values
     assert alone.gather(values) is values
     assert alone.union(values) is values
+    assert alone.agreed(0.1, torch.device("cpu")) == 0.1
     assert alone.bytes == 0

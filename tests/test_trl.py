@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
-from conftest import make_model
+from conftest import make_model, wants_even_words
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
@@ -261,7 +261,7 @@ def test_a_batch_rejected_whole_skips_the_step_and_is_counted(build):
     assert moments == [1, 2, 2, 2]
     assert [entry["capo/steps_skipped"] for entry in entries] == [0, 0, 1, 2]
     assert entries[-1]["capo/rejection_rate"] == 1
-    assert entries[-1]["capo/kl/measured"] == 0
+    assert ["capo/kl/measured" in entry for entry in entries] == [True, True, False, False]
 
 
 def test_a_kl_budget_bounds_every_update(build):
@@ -381,21 +381,118 @@ def test_kl_is_measured_at_every_nth_step(build):
     assert ["capo/kl/measured" in entry for entry in entries] == [False, False, True] * 2
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_under_a_budget(build):
-    trainer = build(capo_kl_budget=1e-3, max_steps=3, **OPEN)
-    trainer.add_callback(Watch(lambda: None))
-    clip = trainer._clip_grad_norm
+def poison(trainer, step: int = 1) -> None:
+    """Make one entry of the head's gradient NaN, at one step."""
 
-    def poison(model):
-        if trainer.state.global_step == 1:
-            model.lm_head.weight.grad[0, 0] = math.nan
-        return clip(model)
+    def spoil(gradient):
+        gradient = gradient.clone()
+        gradient[0, 0] = math.nan if trainer.state.global_step == step else gradient[0, 0]
+        return gradient
 
-    trainer._clip_grad_norm = poison
+    trainer.model.lm_head.weight.register_hook(spoil)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"capo_kl_budget": 1e-3},
+        {"capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"},
+        {"capo_kl_budget": 1e-3, "capo_kl_control": "learning_rate"},
+        {},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("clipped", [True, False, None])
+def test_a_gradient_that_is_not_finite_skips_the_step(build, settings, clipped):
+    """Whether TRL looks at its norm to clip it, only to log it, or (None, as older ones) not at all."""
+    trainer = build(max_steps=3, max_grad_norm=1.0 if clipped else 0.0, **OPEN, **settings)
+    if clipped is None:
+        trainer._get_grad_norm = lambda model, grad_norm=None: grad_norm
+    poison(trainer)
     entries = logs(trainer)
     assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 1]
+    assert [entry["capo/steps_skipped/nonfinite"] for entry in entries] == [0, 1, 1]
     assert all(weight.isfinite().all() for weight in trainer.model.parameters())
     assert trainer.planner.step.steps == 2
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_also_where_tokens_are_rejected(build):
+    trainer = build(max_steps=3, **SOME)
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda *each: compute(*each) * (math.nan if trainer.state.global_step == 1 else 1)
+    entries = logs(trainer)
+    assert entries[1]["capo/rejection_rate"] > 0
+    assert [entry["capo/steps_skipped/nonfinite"] for entry in entries] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_is_left_to_trl_while_watching(build, max_grad_norm):
+    runs = []
+    for mode in ("off", "monitor"):
+        trainer = build(capo_mode=mode, max_steps=2, max_grad_norm=max_grad_norm)
+        poison(trainer)
+        trainer.train()
+        runs.append(trainer)
+    for one, other in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert runs[1].planner.steps_skipped == 0
+    assert runs[1].planner.step.steps == 2
+    assert runs[1].planner.step.moments(torch.arange(8))[0].isnan().any()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 0.0])
+@pytest.mark.parametrize("mode", ["mask", "monitor"])
+def test_the_step_model_stands_still_where_a_loss_scaler_skips_the_optimizer(build, mode, max_grad_norm):
+    trainer = build(capo_mode=mode, max_steps=4, max_grad_norm=max_grad_norm, capo_top_k=None, **OPEN)
+    accelerator = trainer.accelerator  # Accelerate has fp16 for accelerators only: what matters of it, on a CPU
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    accelerator.unscale_gradients = lambda optimizer=None: accelerator.scaler.unscale_(trainer._optimizer())
+    poison(trainer, step=2)
+    entries = logs(trainer)
+    head = trainer.model.lm_head.weight
+    state = trainer._optimizer().state[head]
+    p, q = trainer.planner.step.moments(torch.arange(len(head)))
+    assert accelerator.scaler.get_scale() == 4.0
+    assert trainer.planner.step.steps == int(state["step"]) == 3
+    assert state["exp_avg"].isfinite().all()
+    torch.testing.assert_close(p, -state["exp_avg"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(q, state["exp_avg_sq"], rtol=1e-4, atol=1e-10)
+    assert entries[-1]["capo/steps_skipped/nonfinite"] == 1
+
+
+@pytest.mark.parametrize("control", ["copy", "optimizer", "learning_rate"])
+def test_a_control_hears_nothing_of_a_step_that_was_skipped(build, control):
+    """A predicted KL of zero set the scale back to one, and the next steps were planned too long."""
+    trainer = build(max_steps=4, capo_kl_budget=1e-4, capo_kl_control=control, **OPEN)
+    poison(trainer, step=2)
+    heard = []
+
+    def listen(name):
+        call = getattr(trainer._budget, name)
+
+        def spy(*args, **kwargs):
+            heard.append((trainer.state.global_step, name))
+            return call(*args, **kwargs)
+
+        setattr(trainer._budget, name, spy)
+
+    for name in ("before_step", "after_step"):
+        listen(name)
+    entries = logs(trainer)
+    assert heard == [call for step in (0, 1, 3) for call in ((step, "before_step"), (step + 1, "after_step"))]
+    assert [entry.keys() >= {"capo/kl/measured", "capo/kl/fraction"} for entry in entries] == [True, True, False, True]
+    assert not any("kl/measured" in name or "fraction" in name for name in entries[2])
+    assert trainer._get_learning_rate() == trainer.args.learning_rate
+
+
+def test_the_learning_rate_that_was_used_is_logged(build):
+    trainer = build(capo_kl_budget=1e-3, capo_kl_control="learning_rate", **OPEN)
+    used = []
+    trainer.add_callback(Watch(lambda: used.append(trainer._optimizer().param_groups[0]["lr"])))
+    entries = logs(trainer)
+    assert all(entry["learning_rate"] == 1e-2 for entry in entries)
+    assert [entry["capo/learning_rate"] for entry in entries] == used
+    assert min(used) < 1e-2
 
 
 def test_reinforce_takes_the_raw_reward(build):
@@ -569,6 +666,150 @@ def test_weights_of_one_are_trl(build, instead):
 def test_settings_of_weights_that_contradict_one_another(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+def test_an_optimizer_whose_step_is_not_known_is_refused_before_the_first(build):
+    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"}
+    with pytest.raises(ValueError, match="optim='sgd' is another: use optim='adamw_torch', or capo_kl_control='copy'"):
+        build(optim="sgd", **settings)
+    model = make_model()
+    for optimizer, error in (
+        (torch.optim.SGD(model.parameters(), lr=0.1), TypeError),
+        (torch.optim.AdamW(model.parameters(), amsgrad=True), ValueError),
+    ):
+        with pytest.raises(error, match="use 'copy'"):
+            build(model=model, optimizers=(optimizer, None), **settings)
+    trainer = build(max_steps=1, **settings)
+    trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", torch.optim.SGD(trainer.model.parameters()))
+    trainer._compute_loss = lambda *_: pytest.fail("the first loss is too late")
+    with pytest.raises(TypeError, match="use 'copy'"):
+        trainer.train()
+
+
+# ---- steps without tokens ----------------------------------------------------------------------------------------
+
+
+def leave_out(trainer, empty) -> None:
+    """Mask out the completions of which `empty(step, row)` holds, as TRL does with truncated ones."""
+    generate = trainer._generate_and_score_completions
+
+    def generated(inputs):
+        output = generate(inputs)
+        for row in range(len(output["completion_mask"])):
+            if empty(trainer.state.global_step, row):
+                output["completion_mask"][row] = 0
+        return output
+
+    trainer._generate_and_score_completions = generated
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_kl_is_sampled_among_completions_that_have_tokens(build, dropout):
+    """The sample was the first completion, and the mean of nothing where that had no tokens: a good step was undone."""
+    settings = {"capo_kl_sample": 0.25, "capo_kl_budget": 10.0, "gradient_accumulation_steps": 1}
+    if dropout:
+        settings |= STOCHASTIC["attention_dropout"]()
+    trainer = build(**OPEN, **settings)
+    leave_out(trainer, lambda step, row: row > 0)  # TRL shuffles them afterwards
+    for entry in logs(trainer):
+        assert entry["capo/kl/fraction"] == 1.0
+        assert 0 < entry["capo/kl/measured"] < 10.0
+
+
+@pytest.mark.parametrize("control", [None, "copy", "optimizer", "learning_rate"])
+def test_a_step_without_tokens_is_not_measured_and_left_out_under_a_budget(build, control):
+    budget = {} if control is None else {"capo_kl_budget": 10.0, "capo_kl_control": control}
+    trainer = build(max_steps=3, **OPEN, **budget)
+    leave_out(trainer, lambda step, row: step == 1)
+    weights = []
+    trainer.add_callback(Watch(lambda: weights.append(trainer.model.lm_head.weight.detach().clone())))
+    entries = logs(trainer)
+    assert ["capo/kl/measured" in entry for entry in entries] == [True, False, True]
+    assert entries[2]["capo/kl/measured"] > 0
+    # without a budget it is TRL's, whose momentum moves the weights
+    assert entries[2]["capo/steps_skipped"] == (0 if control is None else 1)
+    assert torch.equal(weights[1], weights[2]) == (control is not None)
+
+
+# ---- counts, and which steps are logged --------------------------------------------------------------------------
+
+
+def test_totals_are_logged_as_they_stand_and_not_in_the_mean_of_the_window(build):
+
+    def entries(logging_steps):
+        trainer = build(max_steps=4, logging_steps=logging_steps, **SOME)
+        poison(trainer, step=3)
+        return logs(trainer)
+
+    windows, steps = entries(2), entries(1)
+    assert len(windows) == 2
+    for name in ("capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"):
+        assert [entry[name] for entry in windows] == [steps[1][name], steps[3][name]], name
+    assert windows[1]["capo/steps_skipped"] == 1
+    assert windows[0]["capo/completions"] == 16
+
+
+def test_a_step_of_which_only_tokens_without_an_advantage_were_accepted_is_skipped(build):
+    """Its gradient is zero, and momentum would move the weights all the same."""
+    trainer = build(max_steps=3, rewards=lambda completions, **_: [0.0] * 4 + wants_even_words(completions)[4:], **SOME)
+    weights = []
+
+    def look():
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        if len(weights) == 1:
+            trainer.planner.rule = lambda layer, advantages, shifts, before: advantages == 0
+
+    trainer.add_callback(Watch(look))
+    entries = logs(trainer)
+    weights.append(trainer.model.lm_head.weight.detach())
+    assert [not torch.equal(one, other) for one, other in itertools.pairwise(weights)] == [True, False, False]
+    assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 2]
+    assert 0 < entries[-1]["capo/rejection_rate"] < 1
+
+
+def test_a_run_that_skips_most_of_its_steps_says_so_at_its_end(build, caplog):
+    build(max_steps=3, capo_fisher_threshold=0.0).train()
+    (message,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
+    assert message.startswith("3 of 3 steps were skipped, 0 of them")
+    caplog.clear()
+    build(max_steps=3, **SOME).train()
+    assert "were skipped" not in caplog.text
+
+
+def test_a_training_broken_off_in_the_middle_of_a_step_leaves_nothing_to_the_next(build):
+    trainer = build(gradient_accumulation_steps=2, max_steps=2, capo_tokens_every=1, **SOME)
+    compute = trainer._compute_loss
+    losses, seen = [], []
+
+    def interrupted(*args):
+        losses.append(compute(*args))
+        if len(losses) == 1:
+            raise KeyboardInterrupt
+        return losses[-1]
+
+    trainer._compute_loss = interrupted
+    trainer.add_callback(Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._forwards)))))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert seen == [(2, 2), (2, 2)]
+    assert trainer.planner.step.steps == 2
+
+
+def test_kl_is_measured_at_the_last_step_of_an_epoch_where_epochs_are_logged(build):
+    trainer = build(max_steps=-1, num_train_epochs=2, logging_strategy="epoch", capo_mode="monitor")
+    trainer.train_dataset = trainer.train_dataset.select(range(6))  # three steps of two prompts, four times
+    measured = []
+    measure = trainer.planner.measured_kl
+    trainer.planner.measured_kl = lambda *args: (measured.append(trainer.state.global_step), measure(*args))[1]
+    entries = logs(trainer)
+    assert [entry["step"] for entry in entries] == measured == [3, 6]
+    assert all(entry["capo/kl/measured"] > 0 and "capo/token/m_f/mean" in entry for entry in entries)
+
+
+def test_kl_is_measured_where_a_run_ends_in_the_middle_of_an_epoch(build):
+    (entry,) = logs(build(max_steps=3, logging_strategy="epoch", capo_mode="monitor"))
+    assert entry["capo/kl/measured"] > 0
 
 
 # ---- a network that draws random numbers -------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Planner:
     state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
 
     Each of several `processes` plans its own tokens. Moments and figures are those of all tokens together, and so is
-    the decision to skip: `rejects_everything`, `commit`, `skip` and `measured_kl` are collective.
+    the decision to skip: `rejects_everything`, `is_empty`, `commit`, `skip` and `measured_kl` are collective.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Planner:
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
         self.steps_skipped = 0
+        self.steps_nonfinite = 0  # those of the skipped whose gradient was not finite
         self._seconds = 0.0
         self._warned = False
 
@@ -148,12 +149,24 @@ class Planner:
 
     @property
     def rejects_everything(self) -> bool:
-        """Whether the step has tokens and none of them was accepted, in any process."""
+        """Whether the step has tokens with an advantage and none of them was accepted, in any process.
+
+        Tokens without one have no gradient of their own, and moments would move the weights by themselves. Where no
+        token has an advantage nothing was taken away, and the step is what it is without selection.
+        """
         if not self.micro_batches:
             return False
-        counts = [torch.stack([batch.keep.sum(), (~batch.keep).sum()]) for batch in self.micro_batches]
-        accepted, rejected = self.processes.total(torch.stack(counts).sum(0)).tolist()
-        return rejected > 0 and not accepted
+        counts = [torch.stack([(batch.advantages != 0).sum(), (batch.used != 0).sum()]) for batch in self.micro_batches]
+        some, left = self.processes.total(torch.stack(counts).sum(0)).tolist()
+        return some > 0 and not left
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the step has no token at all, in any process."""
+        if not self.micro_batches:
+            return True
+        device = self.micro_batches[0].keep.device
+        return not self.processes.total(torch.tensor(sum(len(each.keep) for each in self.micro_batches), device=device))
 
     @torch.no_grad()
     def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:
@@ -189,14 +202,17 @@ class Planner:
         return figures
 
     @torch.no_grad()
-    def skip(self, describe: bool = True) -> dict[str, float]:
-        """The step is left out, since every token was rejected: count it, leave the moments, return the figures."""
+    def skip(self, describe: bool = True, nonfinite: bool = False) -> dict[str, float]:
+        """The step is left out, since every token was rejected or its gradient is `nonfinite`: count it, leave the
+        moments, return the figures."""
         self.steps_skipped += 1
+        self.steps_nonfinite += nonfinite
         batch = self._whole_step()
-        if batch is None:
-            return {}
-        with self._timed(batch.keep.device):
-            return self._figures(batch, None, describe)
+        figures: dict[str, float] = {}
+        if batch is not None:
+            with self._timed(batch.keep.device):
+                figures = self._figures(batch, None, describe)
+        return figures | {"capo/accepted_tokens": float(self.accepted_tokens)}
 
     @torch.no_grad()
     def measured_kl(self, sample: list[Tensor], hidden: Callable[[int], Tensor], head: Head) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,15 @@ class Processes:
         """The largest of the processes' numbers."""
         return int(self._reduced(torch.tensor(value, device=device), dist.ReduceOp.MAX)) if self.count > 1 else value
 
+    def agreed(self, value: float, device: torch.device) -> float:
+        """The first process's number, bit for bit, in all."""
+        if self.count == 1:
+            return value
+        sent = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(sent, 0 if self.group is None else dist.get_global_rank(self.group, 0), group=self.group)
+        self.bytes += sent.nbytes
+        return float(sent)
+
     def gather(self, values: Tensor) -> Tensor:
         """The entries of all processes, [n, ...] with another n in each, after one another in the processes' order."""
         if self.count == 1:

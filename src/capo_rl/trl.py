@@ -27,6 +27,8 @@ from accelerate.utils import DistributedType, is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -42,7 +44,14 @@ from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
-from capo_rl.trust_region import Backtracking, CopiedStep, RecomputedStep, Steering, way_back
+from capo_rl.trust_region import (
+    Backtracking,
+    CopiedStep,
+    RecomputedStep,
+    Steering,
+    check_recomputable,
+    way_back,
+)
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
@@ -52,6 +61,10 @@ logger = logging.getLogger(__name__)
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
+# What `optim` may be where Adam's step is recomputed.
+_RECOMPUTED = ("adamw_torch", "adamw_torch_fused")
+# Figures that count from the start of the run.
+_TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
 # Where every process has the whole model, which can then run without its wrapper.
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -75,8 +88,8 @@ class CAPOTrainer(GRPOTrainer):
         monitor        computes and logs the same and changes nothing
         off            TRL
 
-    In every mode a reward function that raises or returns NaN loses that completion and not the run
-    (`grading.guarded`).
+    In the modes that change the run a step whose gradient is not finite is skipped. In every mode a reward function
+    that raises or returns NaN loses that completion and not the run (`grading.guarded`).
 
     Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
     than a crash.
@@ -104,15 +117,17 @@ class CAPOTrainer(GRPOTrainer):
         args = self.args
         self.planner: Planner | None = None
         self._completions = 0
-        self._clip = 1.0
+        self._norm: float | None = None  # of the coming step's gradient, before clipping
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
         self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
+        self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._scale = 1.0  # of the coming step's learning rate
-        self._undone = 0  # steps in a row
         self._lrs: list[float] = []  # the schedule's, while a step is taken at others
-        self._finite = True  # whether the gradient of the coming step is
+        self._skipped = False  # whether the last step was left out
+        self._empty = False  # whether it has no tokens to measure its KL on
+        self._undone = 0  # steps in a row
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
@@ -131,6 +146,14 @@ class CAPOTrainer(GRPOTrainer):
                 share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
             )
             self.add_callback(_AroundTheStep(self))
+        if self._recomputes and self.optimizer is not None:
+            check_recomputable(self._optimizer())
+        elif self._recomputes and self.optimizer_cls_and_kwargs is None and args.optim not in _RECOMPUTED:
+            name = getattr(args.optim, "value", args.optim)
+            raise ValueError(
+                f"capo_kl_control='optimizer' recomputes the step of torch's AdamW, and optim={name!r} is "
+                f"another: use optim={_RECOMPUTED[0]!r}, or capo_kl_control='copy'"
+            )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
 
@@ -266,8 +289,9 @@ class CAPOTrainer(GRPOTrainer):
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
-            # With a KL term a rejected token still has a gradient.
-            if masked and self.beta == 0.0 and planned.weights[~planned.keep].any():
+            # With a KL term a rejected token still has a gradient, and with a loss of NaN all have one.
+            left = planned.weights[~planned.keep]
+            if masked and self.beta == 0.0 and (left[left.isfinite()] != 0).any():
                 raise RuntimeError(
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
@@ -347,8 +371,12 @@ class CAPOTrainer(GRPOTrainer):
     def _due(self) -> tuple[bool, bool]:
         """Whether the figures of the coming step will be logged, and whether its KL is to be measured."""
         args, step = self.args, self.state.global_step + 1
-        logged = step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        logged = logged if args.logging_strategy == "steps" else args.logging_strategy != "no"
+        if args.logging_strategy == "steps":
+            logged = step % self.state.logging_steps == 0
+        else:  # the dataloader knows its end one batch ahead, and a step's batches are fetched before the first is used
+            last = self.accelerator.gradient_state.end_of_dataloader or step >= self.state.max_steps
+            logged = args.logging_strategy == "epoch" and last
+        logged = logged or (step == 1 and args.logging_first_step)
         return logged, step % args.capo_kl_every == 0 if args.capo_kl_every else logged
 
     def _loss_scale(self) -> float:
@@ -358,9 +386,7 @@ class CAPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if norm is not None:
-            self._clip = min(1.0, self.args.max_grad_norm / (float(norm) + 1e-6))
-            self._finite = math.isfinite(norm)
+        self._norm = None if norm is None else float(norm)
         return norm
 
     def _begin_step(self) -> None:
@@ -371,27 +397,68 @@ class CAPOTrainer(GRPOTrainer):
         if self.is_deepspeed_enabled:
             self._scale_learning_rate()
 
-    def _before_step(self) -> None:
-        """Advance the step model, or skip a step that has nothing left in it, or whose moments no budget could mend."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
+        self._norm = None if norm is None else float(norm)
+        return norm
+
+    def _gradient_is_finite(self) -> bool:
+        """Whether the coming step's gradient has neither NaN nor infinity, in any process."""
         assert self.planner is not None
-        unusable = self.args.changes_the_run and not self._finite
-        rejected = self.args.capo_mode == "mask" and self.planner.rejects_everything
+        if self.is_deepspeed_enabled:
+            return not self.accelerator.optimizer_step_was_skipped  # it looked by itself, and has taken the step
+        if self._norm is not None:
+            finite = math.isfinite(self._norm)
+        else:
+            self.accelerator.unscale_gradients()  # as clipping would have
+            gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+            shards = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+            norms = [torch.linalg.vector_norm(shard, dtype=torch.float32).to(self.args.device) for shard in shards]
+            finite = not norms or bool(torch.stack(norms).isfinite().all())
+        return not self.planner.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
+
+    def _clip(self, finite: bool) -> float:
+        """What clipping multiplied the gradient by, as the optimizer's moments see it."""
+        if not finite:
+            return math.nan
+        if self._norm is None or not self.args.max_grad_norm > 0:
+            return 1.0
+        return min(1.0, self.args.max_grad_norm / (self._norm + 1e-6))
+
+    def _before_step(self) -> None:
+        """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
+        planner = self.planner
+        assert planner is not None
+        finite = self._gradient_is_finite()
+        changes = self.args.changes_the_run
+        # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
+        unusable = not finite and (changes or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
-        if (unusable or rejected) and not self.is_deepspeed_enabled:
-            # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
-            self.model.zero_grad(set_to_none=True)
-            figures = self.planner.skip(self._to_log)
+        masked = self.args.capo_mode == "mask"
+        rejected = not unusable and masked and not self.is_deepspeed_enabled and planner.rejects_everything
+        # Without a token there is no KL to measure and none to hold to a budget, but momentum would move the weights.
+        self._empty = (self._to_measure or self._budget is not None) and planner.is_empty
+        unbounded = self._empty and self._budget is not None and not self.is_deepspeed_enabled
+        self._skipped = unusable or rejected or unbounded
+        if self._skipped:
+            if changes and not self.is_deepspeed_enabled:
+                # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
+                self.model.zero_grad(set_to_none=True)
+            figures = planner.skip(self._to_log, nonfinite=unusable)
         else:
             # Gradients are averaged over processes after the weights were read off.
-            figures = self.planner.commit(self._clip / self.accelerator.num_processes, self._to_log)
-        self._clip, self._finite = 1.0, True
-        if self.planner.share is not None and self.args.changes_the_run:
-            self._scale *= self.planner.share.value
+            figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
+            if planner.share is not None and changes:
+                self._scale *= planner.share.value
+        self._norm = None
         if not self.is_deepspeed_enabled:
             self._scale_learning_rate()
-            if self._budget is not None:
-                self._budget.before_step(self._optimizer())
-        figures["capo/steps_skipped"] = float(self.planner.steps_skipped)
+        if changes:
+            figures["capo/learning_rate"] = self._scale * self._lrs[0]
+        if self._budget is not None and not self._skipped:
+            self._budget.before_step(self._optimizer())
+        figures["capo/steps_skipped"] = float(planner.steps_skipped)
+        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
@@ -407,6 +474,35 @@ class CAPOTrainer(GRPOTrainer):
         for group, lr in zip(self._optimizer().param_groups, self._lrs, strict=True):
             group["lr"] = lr
 
+    def _start(self) -> None:
+        """Forget what a training that was broken off in the middle of a step has left."""
+        assert self.planner is not None
+        if self._recomputes:
+            check_recomputable(self._optimizer())
+        self.planner.clear()
+        self._forwards.clear()
+        self._rollouts.clear()
+        self._unplanned = self._norm = None
+
+    def _end(self) -> None:
+        """Say so where most of the run's steps were left out."""
+        planner, steps = self.planner, self.state.global_step
+        assert planner is not None
+        if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
+            logger.warning(
+                "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
+                "token that had an advantage was rejected (or, under a KL budget, all completions were masked out), so "
+                "most of this run trained nothing: raise "
+                "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
+                "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
+                planner.steps_skipped,
+                steps,
+                planner.steps_nonfinite,
+            )
+
+    def _has_scaler(self) -> bool:
+        return self.is_deepspeed_enabled or getattr(self.accelerator, "scaler", None) is not None
+
     def _after_step(self) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         planner = self.planner
@@ -418,14 +514,18 @@ class CAPOTrainer(GRPOTrainer):
 
         def measure_kl() -> float:
             nonlocal tokens
+            self._reshard()
             sample = [forward.sample for forward in self._forwards]
             tokens = planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
-            return _mean(tokens[0])
+            # processes of different machines may sum in another order, and must go back equally far
+            return planner.processes.agreed(_mean(tokens[0]), self.args.device)
 
         figures: dict[str, float] = {}
         if self.args.changes_the_run:
             figures["capo/scale"] = self._scale
-        if self._budget is not None:
+        if self._skipped or self._empty:
+            pass  # the policy is where it was, or nothing is known of it
+        elif self._budget is not None:
             update = self._budget.after_step(self._scale * max(self._lrs), measure_kl)
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
@@ -472,8 +572,11 @@ class CAPOTrainer(GRPOTrainer):
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         if self.args.capo_kl_sample < 1:
-            count = max(1, round(self.args.capo_kl_sample * len(mask)))
-            rows = torch.linspace(0, len(mask) - 1, count, device=mask.device).round().long()
+            # of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
+            # sake, since with shards all processes have to take part.
+            rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
+            count = max(1, round(self.args.capo_kl_sample * len(rows)))
+            rows = rows[torch.linspace(0, len(rows) - 1, count, device=mask.device).round().long()]
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
@@ -507,11 +610,22 @@ class CAPOTrainer(GRPOTrainer):
             self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
             forward.run(self.model_wrapped)
+        self._reshard()
         return hidden[0][forward.mask]
 
+    def _reshard(self) -> None:
+        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
+        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            for module in self.model_wrapped.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
     def _record(self, figures: dict[str, float]) -> None:
+        metrics = self._metrics["train"]
         for name, value in figures.items():
-            self._metrics["train"][name].append(value)
+            # TRL logs the mean since it last logged; of a total that is running the last is meant
+            metrics[name] = [value] if name in _TOTALS else [*metrics[name], value]
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -541,6 +655,7 @@ class CAPOTrainer(GRPOTrainer):
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
                 "steps_skipped": self.planner.steps_skipped,
+                "steps_nonfinite": self.planner.steps_nonfinite,
                 "budget": {} if self._budget is None else self._budget.state_dict(),
                 "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
@@ -564,6 +679,7 @@ class CAPOTrainer(GRPOTrainer):
         if self.planner is not None:
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             self.planner.steps_skipped = counters.get("steps_skipped", 0)
+            self.planner.steps_nonfinite = counters.get("steps_nonfinite", 0)
             if self._budget is not None and (kept := counters.get("budget")):
                 self._budget.load_state_dict(kept)
             if self.planner.share is not None and (kept := counters.get("share")):
@@ -600,17 +716,21 @@ class _Forward:
 
 
 class _AroundTheStep(TrainerCallback):
-    """Calls the trainer before and after each optimizer step."""
+    """Calls the trainer before and after each optimizer step, and the whole training."""
 
     def __init__(self, trainer: CAPOTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._start()
         if args.capo_tokens_every is not None and state.is_world_process_zero:
             rewind_steps(args.output_dir, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer._begin_step()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._end()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._before_step()

@@ -90,23 +90,28 @@ class CopiedStep:
         self._fraction = fraction or 1.0
 
 
+def check_recomputable(optimizer: Optimizer) -> None:
+    """Raises `TypeError` for an optimizer that is not torch's Adam or AdamW, and `ValueError` for amsgrad."""
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        raise TypeError(
+            f"capo_kl_control='optimizer' recomputes Adam's step, and the optimizer is {type(optimizer).__name__}: "
+            "use 'copy'"
+        )
+    if any(group["amsgrad"] for group in optimizer.param_groups):
+        raise ValueError("capo_kl_control='optimizer' does not know amsgrad's step: use 'copy'")
+
+
 class RecomputedStep:
     """The way back from the moments that made the step: no memory but that of one tensor at a time.
 
     Adam's step is −α p̂ / (√q̂ + ε), and its decoupled decay −α λ w, all of which are still at hand after it. Rounding
     is that of the weights' own type, so bfloat16 weights come back only to within their last digit: copy those.
 
-    Raises `TypeError` for an optimizer that is not torch's Adam or AdamW, and `ValueError` for amsgrad.
+    Raises as `check_recomputable`.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-            raise TypeError(
-                f"capo_kl_control='optimizer' recomputes Adam's step, and the optimizer is {type(optimizer).__name__}: "
-                "use 'copy'"
-            )
-        if any(group["amsgrad"] for group in optimizer.param_groups):
-            raise ValueError("capo_kl_control='optimizer' does not know amsgrad's step: use 'copy'")
+        check_recomputable(optimizer)
         self._optimizer = optimizer
         self._lrs = [float(group["lr"]) for group in optimizer.param_groups]  # the scheduler moves them on
         self._stepped = {weight for weight in _trained(optimizer) if weight.grad is not None}

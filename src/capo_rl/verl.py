@@ -220,8 +220,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
                 # FSDP takes the mean of the processes' gradients, and verl's losses have a factor to match.
                 figures = planner.commit(clip / planner.processes.count)
             else:  # verl has skipped it
-                figures = planner.skip()
+                figures = planner.skip(nonfinite=True)
         figures["capo/steps_skipped"] = float(planner.steps_skipped)
+        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         self._figures = figures | {"capo/seconds": planner.clear()}
         return norm
 
@@ -374,6 +375,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         tensors = {f"step.{name}": tensor for name, tensor in self.planner.step.state_dict().items()}
         tensors["accepted_tokens"] = torch.tensor(self.planner.accepted_tokens)
         tensors["steps_skipped"] = torch.tensor(self.planner.steps_skipped)
+        tensors["steps_nonfinite"] = torch.tensor(self.planner.steps_nonfinite)
         with written_whole(Path(local_path) / STATE_FILE) as unfinished:
             save_file({name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()}, unfinished)
 
@@ -421,6 +423,7 @@ def _restore(planner: Planner, tensors: dict[str, Tensor]) -> None:
         )
     planner.accepted_tokens = int(tensors["accepted_tokens"])
     planner.steps_skipped = int(tensors["steps_skipped"])
+    planner.steps_nonfinite = int(tensors.get("steps_nonfinite", 0))
     planner.step.load_state_dict(
         {name.removeprefix("step."): each for name, each in tensors.items() if name.startswith("step.")}
     )
