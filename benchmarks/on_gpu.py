@@ -361,8 +361,8 @@ COMPLETIONS, LENGTH, MICRO_BATCHES = 96, 512, (24, 12, 6)  # the largest that fi
 if REHEARSAL:
     MODELS = {name: Model(32, 64, 2, 2, 1, vocabulary=300) for name in MODELS}
     COMPLETIONS, LENGTH, MICRO_BATCHES = 8, 6, (4,)
-# Thresholds are open, so the mask leaves nothing out. TRL logs every tenth step, and then the KL is measured by default;
-# a trust region measures that of every step.
+# Thresholds are open, so the mask leaves nothing out. One step in ten is logged, and its KL measured, by default; a
+# trust region measures that of every step.
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
 MODES: dict[str, dict[str, Any] | None] = {
     "TRL's GRPOTrainer": None,
