@@ -57,23 +57,67 @@ if DEVICE.type == "cuda":
 
 def zipf_layer(tokens: int, k: int, d: int, vocabulary: int, seed: int = 0) -> tuple[LastLayer, Tensor]:
     """The last layer at tokens whose supports are drawn by Zipf's law, without logits, and advantages."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.arange(min(vocabulary, 20_000))
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    there: Any = {"generator": generator, "device": DEVICE}
+    rows = torch.arange(min(vocabulary, 20_000), device=DEVICE)
     # the k largest of log-weights with Gumbel noise are a draw without replacement; a part of the tokens at a time
     weights = -(rows + 2.7).log()
     support = torch.cat(
         [
-            (weights - torch.empty(len(part), len(rows)).exponential_(generator=generator).log()).topk(k).indices
-            for part in torch.arange(tokens).split(64)
+            (weights - torch.empty(n, len(rows), device=DEVICE).exponential_(generator=generator).log()).topk(k).indices
+            for n in (min(64, tokens - first) for first in range(0, tokens, 64))
         ]
     )
-    pi = torch.softmax(2 * torch.randn(tokens, k, generator=generator), -1) * 0.98
+    pi = torch.softmax(2 * torch.randn(tokens, k, **there), -1) * 0.98
     u = -pi.clone()
     u[:, 0] += 1
-    hidden = torch.randn(tokens, d, generator=generator)
-    missing = torch.full((tokens,), 0.02)
-    layer = LastLayer(*(x.to(DEVICE) for x in (hidden, support, pi, u, missing, pi[:, 0].log())), 1.0)
-    return layer, torch.randn(tokens, generator=generator).to(DEVICE)
+    hidden = torch.randn(tokens, d, **there)
+    missing = torch.full((tokens,), 0.02, device=DEVICE)
+    layer = LastLayer(hidden, support, pi, u, missing, pi[:, 0].log(), 1.0)
+    return layer, torch.randn(tokens, **there)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tokens, the weights they have in the loss, and a step model after two updates: what every form is measured on."""
+
+    layer: LastLayer
+    advantages: Tensor
+    weights: Tensor
+    step: AdamStep
+
+    @property
+    def slots(self) -> Tensor:
+        """Where the moments of the support's rows are stored."""
+        return self.step.slots(self.layer.support)
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """P and Q as they are stored."""
+        return self.step.storage(self.layer.hidden.shape[1], self.layer.u)
+
+    def plain(self) -> Shifts:
+        """The shifts by the plain form, also where Triton would be used."""
+        return shifts_along(token_direction(self.layer, self.advantages, self.step), self.layer, self.advantages)
+
+    def bytes(self) -> dict[str, int]:
+        """What no form can avoid to move: the tokens' inputs, and every row of P and Q that one of them supports, once.
+
+        And what a form moves that gathers the rows for every token, where no cache helps.
+        """
+        layer, p = self.layer, self.moments[0]
+        row = 2 * p.shape[1] * p.element_size()
+        once = layer.hidden.nbytes + 4 * layer.u.nbytes + layer.support.unique().numel() * row
+        return {"each row once": once, "a gather for every token": layer.support.numel() * row}
+
+
+def make_case(tokens: int, d: int, vocabulary: int) -> Case:
+    """The step model's moments are those of the tokens' own rows."""
+    layer, advantages = zipf_layer(tokens, min(K + 1, vocabulary), d, vocabulary)
+    step, weights = AdamStep(1e-5), advantages / tokens
+    for _ in range(2):
+        step.update(row_gradient(layer, weights))
+    return Case(layer, advantages, weights, step)
 
 
 class Materialised:
@@ -114,21 +158,40 @@ class Materialised:
             self.q[row] = self.beta2 * self.q.get(row, self.zeros) + (1 - self.beta2) * gradient**2
         self.steps += 1
 
+    @staticmethod
+    def of(case: Case) -> Materialised:
+        """After the same two updates as the case's step model."""
+        paper = Materialised(case.layer.hidden.shape[1])
+        for _ in range(2):
+            paper.update(case.layer, case.weights)
+        return paper
+
 
 # --- clocks
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median time of `work` after one run that isn't counted."""
+    """The median time of `work` after one run that isn't counted: on a GPU between two events, from a cold cache."""
     work()
-    times = []
-    for _ in range(repeats):
-        _synchronise()
-        start = _clock()
-        work()
-        _synchronise()
-        times.append(_clock() - start)
-    return statistics.median(times)
+    timed = _between_events if DEVICE.type == "cuda" else _by_the_clock
+    return statistics.median(timed(work) for _ in range(repeats))
+
+
+def _by_the_clock(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _between_events(work: Callable[[], object]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(2**28, dtype=torch.uint8, device=DEVICE).zero_()  # what the last run left in the cache goes
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 def extra_bytes(work: Callable[[], object]) -> int:
@@ -147,7 +210,7 @@ def extra_bytes(work: Callable[[], object]) -> int:
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of the fastest of several copies of a tensor that no cache holds."""
-    source = torch.zeros(2**28 if DEVICE.type == "cuda" else 2**26, device=DEVICE)
+    source = torch.rand(2**28 if DEVICE.type == "cuda" else 2**26, device=DEVICE)  # zeros can be faster than numbers
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), 1) for _ in range(5))
 
@@ -162,15 +225,6 @@ def root_and_quotient() -> float:
             torch.sqrt(tile, out=room).div_(other)
 
     return seconds(work, 5) / (20 * tile.numel())
-
-
-def _clock() -> float:
-    return time.perf_counter() if DEVICE.type == "cuda" else time.process_time()
-
-
-def _synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _status(name: str) -> int:
@@ -196,42 +250,26 @@ def exact(layer: LastLayer, advantages: Tensor, step: AdamStep) -> tuple[Tensor,
 
 def token_level(shape: Shape, repeats: int, bandwidth: float, arithmetic: float) -> dict[str, Any]:
     """Shifts of every token and the moments' update, by each form."""
-    k = K + 1
-    layer, advantages = zipf_layer(shape.tokens, k, shape.d, shape.vocabulary)
-    step, paper = AdamStep(1e-5), Materialised(shape.d)
-    weights = advantages / shape.tokens
-    for model in (step, paper):
-        for _ in range(2):
-            if isinstance(model, AdamStep):
-                model.update(row_gradient(layer, weights))
-            else:
-                model.update(layer, weights)
-    slots = step.slots(layer.support)
-    p, q = step.storage(shape.d, layer.u)
-
-    def plain() -> Shifts:
-        return shifts_along(token_direction(layer, advantages, step), layer, advantages)
-
+    case = make_case(shape.tokens, shape.d, shape.vocabulary)
+    layer, advantages, weights, step = case.layer, case.advantages, case.weights, case.step
+    paper, slots, (p, q) = Materialised.of(case), case.slots, case.moments
     forms: dict[str, Callable[[], Shifts]] = {
         "materialised, moments in dicts": lambda: paper.shifts(layer, advantages),
         "materialised, moments in tensors": lambda: paper.shifts_of_stored(layer, advantages, p, q, slots),
-        "plain": plain,
+        "plain": case.plain,
     }
     if uses_triton(layer.hidden):
         forms["fused"] = lambda: token_shifts_of(layer, advantages, step)
     some = torch.arange(0, shape.tokens, max(1, shape.tokens // 32), device=DEVICE)
     exact_s, exact_c = exact(layer[some], advantages[some], step)
-    # what no form can avoid: the tokens' inputs, and every row of P and Q that one of them supports, once
-    once = layer.hidden.nbytes + 4 * layer.u.nbytes + 2 * layer.support.unique().numel() * shape.d * p.element_size()
-    gathered = 2 * slots.numel() * shape.d * p.element_size()
+    moved = case.bytes()
     found: dict[str, Any] = {
         "tokens": shape.tokens,
         "d": shape.d,
         "rows_with_moments": len(step.rows),
-        "bytes": {"each row once": once, "a gather for every token": gathered},
+        "bytes": moved,
         "floor_seconds": {
-            "bytes, each row once": once / bandwidth,
-            "bytes, a gather for every token": gathered / bandwidth,
+            **{f"bytes, {what}": size / bandwidth for what, size in moved.items()},
             "square roots and quotients alone": slots.numel() * shape.d * arithmetic,
         },
         "shifts": {},
@@ -379,7 +417,7 @@ def main() -> None:
         "threads": args.threads,
         "repeats": args.repeats,
         "load_average": {"before": load},
-        "clock": "wall" if DEVICE.type == "cuda" else "processor time",
+        "clock": "events" if DEVICE.type == "cuda" else "processor time",
         "tile_elements": tile_elements(DEVICE),
         "copy_bandwidth_bytes_per_second": bandwidth,
         "token_level": {},

@@ -241,13 +241,21 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             "seed": seed,
             "settings": asked | {name: value for name, value in beside.items() if value is not None},
             "versions": versions(),
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+            "hardware": _hardware(trainer.accelerator.device),
             "curves": {name: [_short(entry.get(name)) for entry in entries] for name in CURVES},
             "test": test,
             "seconds": seconds,
         },
         indent=None,
     )
+
+
+def _hardware(device: Any) -> str:
+    """What a run was on, for its result."""
+    import torch
+
+    gpu = f", a share of one {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores, one thread a run{gpu}"
 
 
 def _audit(trainer: Any) -> None:
@@ -326,7 +334,7 @@ def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]], max
     model.eval()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        prompts = tokenizer([row["problem"] for row in rows], return_tensors="pt", padding=True)
+        prompts = tokenizer([row["problem"] for row in rows], return_tensors="pt", padding=True).to(model.device)
         output = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
     model.train(training)
     texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -33,7 +33,7 @@ from capo_rl.share import Share, squared_norms
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import describe as shift_figures
-from capo_rl.telemetry import missing_mass, rejections
+from capo_rl.telemetry import missing_mass, rejections, synchronise
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Planner:
         Arguments as for `shifts.token_shifts`, or in place of the logits the `Head` that makes them; `sampled_log_pi`
         [n] where the rollouts are those of an earlier policy.
         """
-        with self._timed():
+        with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
             settings: Any = {"temperature": self.temperature, "top_k": self.top_k}
             if isinstance(logits, Head):
@@ -184,7 +184,7 @@ class Planner:
                 "the loss's gradient never reached the log-probabilities CAPO watched, so its moments can't follow "
                 "the optimizer: this version of the trainer computes its loss another way"
             )
-        with self._timed():
+        with self._timed(batch.weights.device):
             weights = scale * batch.weights
             figures = self._figures(batch, weights, describe)
             if self.share is not None:
@@ -208,8 +208,10 @@ class Planner:
         self.steps_skipped += 1
         self.steps_nonfinite += nonfinite
         batch = self._whole_step()
-        with self._timed():
-            figures = {} if batch is None else self._figures(batch, None, describe)
+        figures = {}
+        if batch is not None:
+            with self._timed(batch.keep.device):
+                figures = self._figures(batch, None, describe)
         return figures | {"capo/accepted_tokens": float(self.accepted_tokens)}
 
     @torch.no_grad()
@@ -311,9 +313,11 @@ class Planner:
             )
 
     @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, device: torch.device) -> Iterator[None]:
+        synchronise(device)
         start = time.perf_counter()
         yield
+        synchronise(device)
         self._seconds += time.perf_counter() - start
 
 

@@ -13,6 +13,12 @@ from capo_rl.statistics import spearman
 QUANTILES = {"q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked for: a clock read now counts all of that, and nothing of it later."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe(name: str, shifts: Shifts) -> dict[str, float]:
     """Mean, quantiles and maximum of m_H and m_F over the tokens whose shifts are finite; NaN if there are none."""
     finite = ~shifts.nonfinite

@@ -42,7 +42,7 @@ from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.telemetry import rank_correlation
+from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import (
     Backtracking,
@@ -507,6 +507,8 @@ class CAPOTrainer(GRPOTrainer):
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         planner = self.planner
         assert planner is not None
+        if self._budget is not None or self._to_measure:
+            synchronise(self.accelerator.device)  # the optimizer's step is not part of the measurement
         start = time.perf_counter()
         tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
 

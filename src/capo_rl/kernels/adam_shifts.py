@@ -22,6 +22,10 @@ from torch import Tensor
 from capo_rl.kernels import jit, tl, triton
 from capo_rl.last_layer import compute_dtype, tile_elements, tiles
 
+# A Triton program's tile: rows of a token's support, columns of them, and the warps that share it (at most, and powers
+# of two). Chosen without a GPU at hand; benchmarks/on_gpu.py tries others.
+ROWS, COLUMNS, WARPS = 64, 64, 4
+
 
 @dataclass(frozen=True)
 class Adam:
@@ -94,14 +98,17 @@ def adam_shifts(
     p: Tensor,
     q: Tensor,
     adam: Adam,
+    tile: tuple[int, int, int] = (ROWS, COLUMNS, WARPS),
 ) -> tuple[Tensor, Tensor]:
     """s and Var_π(v), two [N] tensors in float32, by Triton: what `adam_direction` and `shifts_along` come to.
 
     advantages [N]; u, pi and slots [N, k]; missing_mass [N], the rest of π, where v counts as 0. Writes only [N].
+    `tile`: `ROWS`, `COLUMNS` and `WARPS` of a program.
     """
     tokens, k = u.shape
     s = torch.empty(tokens, dtype=torch.float32, device=u.device)
     c = torch.empty_like(s)
+    rows, columns, warps = tile
     if tokens:
         _adam_shifts[(tokens,)](
             *(tensor.contiguous() for tensor in (advantages, u, pi, missing_mass, hidden, slots, p, q)),
@@ -115,8 +122,9 @@ def adam_shifts(
             adam.beta2,
             1 - adam.beta2,
             adam.eps,
-            ROWS=min(64, triton.next_power_of_2(k)),
-            COLUMNS=min(64, triton.next_power_of_2(hidden.shape[1])),
+            ROWS=min(rows, triton.next_power_of_2(k)),
+            COLUMNS=min(columns, triton.next_power_of_2(hidden.shape[1])),
+            num_warps=warps,
         )
     return s, c
 

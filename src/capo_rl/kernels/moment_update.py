@@ -13,6 +13,10 @@ from torch import Tensor
 from capo_rl.kernels import jit, tl, triton
 from capo_rl.last_layer import RowGradient, blocks, tile_rows
 
+# A Triton program's tile: tokens that are summed at a time, columns of their row, and the warps that share it (at most,
+# and powers of two). Chosen without a GPU at hand; benchmarks/on_gpu.py tries others.
+ENTRIES, COLUMNS, WARPS = 16, 128, 4
+
 
 @torch.no_grad()
 def update_moments(
@@ -40,13 +44,23 @@ def update_moments(
 
 
 def fused_update_moments(
-    p: Tensor, q: Tensor, slots: Tensor, gradient: RowGradient, scale: float, betas: tuple[float, float]
+    p: Tensor,
+    q: Tensor,
+    slots: Tensor,
+    gradient: RowGradient,
+    scale: float,
+    betas: tuple[float, float],
+    tile: tuple[int, int, int] = (ENTRIES, COLUMNS, WARPS),
 ) -> None:
-    """`update_moments` by Triton, for moments in float32: gradient, decay and update in one pass over P and Q."""
+    """`update_moments` by Triton, for moments in float32: gradient, decay and update in one pass over P and Q.
+
+    `tile`: `ENTRIES`, `COLUMNS` and `WARPS` of a program.
+    """
+    entries, columns, warps = tile
     stored, d = p.shape
     pair = torch.full((stored,), -1, dtype=torch.long, device=p.device)
     pair[slots] = torch.arange(len(slots), device=p.device)
-    columns = min(128, triton.next_power_of_2(d))
+    columns = min(columns, triton.next_power_of_2(d))
     _update_moments[(stored, triton.cdiv(d, columns))](
         p,
         q,
@@ -61,8 +75,9 @@ def fused_update_moments(
         1 - betas[0],
         betas[1],
         1 - betas[1],
-        ENTRIES=16,
+        ENTRIES=entries,
         COLUMNS=columns,
+        num_warps=warps,
     )
 
 
