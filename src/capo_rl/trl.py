@@ -450,6 +450,8 @@ class CAPOTrainer(GRPOTrainer):
             figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
             if planner.share is not None and changes:
                 self._scale *= planner.share.value
+                if "capo/kl/predicted" in figures:  # of the step as it will be taken
+                    figures["capo/kl/predicted"] *= planner.share.value**2
         self._norm = None
         if not self.is_deepspeed_enabled:
             self._scale_learning_rate()
