@@ -168,6 +168,12 @@ class Planner:
         device = self.micro_batches[0].keep.device
         return not self.processes.total(torch.tensor(sum(len(each.keep) for each in self.micro_batches), device=device))
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any token of the step has a weight in its gradient, in any process."""
+        weighed = [batch.weights.any() for batch in self.micro_batches if batch.weights is not None]
+        return bool(weighed) and bool(self.processes.total(torch.stack(weighed).sum()))
+
     @torch.no_grad()
     def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:
         """The step is about to be taken, its gradient multiplied by `scale`: advance the moments, return the figures.

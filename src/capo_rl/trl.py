@@ -128,6 +128,7 @@ class CAPOTrainer(GRPOTrainer):
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
         self._undone = 0  # steps in a row
+        self._informative = True  # whether the coming step has a gradient of its own
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
@@ -452,6 +453,7 @@ class CAPOTrainer(GRPOTrainer):
                 self._scale *= planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
                     figures["capo/kl/predicted"] *= planner.share.value**2
+            self._informative = planner.has_gradient
         self._norm = None
         if not self.is_deepspeed_enabled:
             self._scale_learning_rate()
@@ -528,7 +530,8 @@ class CAPOTrainer(GRPOTrainer):
         if self._skipped or self._empty:
             pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
-            update = self._budget.after_step(self._scale * max(self._lrs), measure_kl)
+            lr = self._scale * max(self._lrs)
+            update = self._budget.after_step(lr, measure_kl, self._informative)
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
             figures["capo/kl/fraction"] = update.fraction
@@ -570,21 +573,26 @@ class CAPOTrainer(GRPOTrainer):
         embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
         micro-batch is run, and the sample is taken from its tokens.
         """
+        assert self.planner is not None
         rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
-        if self.args.capo_kl_sample < 1:
-            # of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
-            # sake, since with shards all processes have to take part.
+        sample = (
+            1.0 if more else self.args.capo_kl_sample
+        )  # of more inputs it is not known which belong to a completion
+        if sample < 1:
+            # Of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
+            # sake, since with shards all processes have to take part. The gradient moves most what it was made of, so
+            # those with the largest advantages are taken: the estimate is rather too large than too small.
             rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-            count = max(1, round(self.args.capo_kl_sample * len(rows)))
-            rows = rows[torch.linspace(0, len(rows) - 1, count, device=mask.device).round().long()]
+            size = torch.zeros(mask.shape, device=mask.device)
+            size[mask] = self.planner.micro_batches[-1].advantages.abs().float()
+            largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
+            rows = rows[largest[: max(1, round(sample * len(rows)))]].sort().values
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
-        if self.args.capo_kl_sample < 1 and random is None:
-            if more:
-                raise ValueError(f"capo_kl_sample below 1 does not know how to sample {', '.join(more)}: set it to 1")
+        if sample < 1 and random is None:
             inputs = {name: value[rows] for name, value in inputs.items()}
             run_on = mask[rows]
         if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:

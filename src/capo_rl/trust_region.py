@@ -158,7 +158,7 @@ class Backtracking:
         """The step is about to be taken: keep the way back."""
         self._step = self._way(optimizer)
 
-    def after_step(self, lr: float, measure: Measure) -> Shortened:
+    def after_step(self, lr: float, measure: Measure, informative: bool = True) -> Shortened:
         """The step was taken at the learning rate `lr`: measure it, and take back what is over the budget."""
         assert self._step is not None
         update, self._step = shorten(self._step.take, measure, self.budget), None
@@ -203,8 +203,11 @@ class Steering:
         """The step is about to be taken: keep the way back."""
         self._step = None if self._way is None else self._way(optimizer)
 
-    def after_step(self, lr: float, measure: Measure) -> Shortened:
-        """The step was taken at the learning rate `lr`: measure it, go back if it is over the budget, learn from it."""
+    def after_step(self, lr: float, measure: Measure, informative: bool = True) -> Shortened:
+        """The step was taken at the learning rate `lr`: measure it, go back if it is over the budget, learn from it.
+
+        One that was not `informative` had no gradient of its own, only momentum: it says nothing about one that has.
+        """
         if self._step is None:
             kl = measure()
             update = Shortened(kl, kl, 1.0)
@@ -212,7 +215,9 @@ class Steering:
             update, self._step = shorten(self._step.take, measure, self.budget), None
         if not math.isfinite(update.proposed):
             self.limit = max(_SHRINK * min(lr, self.limit), _FLOOR)
-        elif update.proposed > 0 and lr > 0:  # a step of length zero says nothing, whatever rounding makes of it
+        elif (
+            informative and update.proposed > 0 and lr > 0
+        ):  # a step of length zero says nothing, whatever rounding makes of it
             self._kl = _MEMORY * self._kl + update.proposed / lr**2
             self._weight = _MEMORY * self._weight + 1
             allowed = math.sqrt(_MEAN * self.budget * self._weight / self._kl)
