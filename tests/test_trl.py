@@ -328,6 +328,57 @@ def test_the_default_steers_the_learning_rate_and_leaves_no_update_above_the_bud
     assert [entry["capo/kl/measured"] for entry in watched] == [entry["capo/kl/measured"] for entry in held]
 
 
+@pytest.mark.parametrize(("budget", "told"), [(1e-9, True), (1e-2, False)])
+def test_a_budget_below_what_rounding_makes_of_no_step_at_all_is_told(build, caplog, budget, told):
+    model = make_model().to(torch.bfloat16)
+    entries = logs(
+        build(model=model, capo_mode="trust_region", capo_kl_budget=budget, capo_kl_sample=0.25, max_steps=3)
+    )
+    assert 0 <= entries[0]["capo/kl/noise"] < 1e-3
+    assert all("capo/kl/noise" not in entry for entry in entries[1:])
+    if entries[0]["capo/kl/noise"] > 0.05e-9:
+        assert ("rounding alone" in caplog.text) == told
+
+
+def test_a_step_of_momentum_alone_teaches_the_control_nothing(build):
+    """Rewards that are all alike have no advantage, and so no gradient of their own."""
+    trainer = build(
+        capo_mode="trust_region",
+        capo_kl_start=1.0,
+        max_steps=4,
+        rewards=lambda completions, **_: [1.0] * len(completions),
+    )
+    entries = logs(trainer)
+    assert all(entry["grad_norm"] == 0 for entry in entries)
+    assert trainer._budget.state_dict() == {"limit": 1e-2, "kl": 0.0, "weight": 0.0}
+
+
+def test_ten_steps_undone_in_a_row_are_told(build, caplog):
+    trainer = build(capo_mode="trust_region", max_steps=12)
+    trainer._measure_kl = lambda: (math.inf, (torch.ones(2), torch.ones(2)))
+    entries = logs(trainer)
+    assert all(entry["capo/kl/fraction"] == 0 for entry in entries)
+    assert "10 steps in a row were over capo_kl_budget=0.005" in caplog.text
+
+
+def test_kl_is_sampled_where_the_advantages_are_largest(build):
+    trainer = build(capo_mode="trust_region", capo_kl_sample=0.5, max_steps=1)
+    seen = []
+    measure = trainer._measure_kl
+
+    def spy():
+        seen.append(
+            [(forward.sample, batch) for forward, batch in zip(trainer._forwards, planner.micro_batches, strict=True)]
+        )
+        return measure()
+
+    planner, trainer._measure_kl = trainer.planner, spy
+    trainer.train()
+    for sample, batch in seen[0]:
+        inside, outside = batch.advantages[sample].abs(), batch.advantages[~sample].abs()
+        assert len(inside) and inside.min() >= outside.max()
+
+
 def test_a_share_of_the_step(build):
     """`shorten` takes Adam's step times ρ, and `mask` with the share the published mask's step times ρ."""
     for mode, published in (("shorten", {"capo_mode": "off"}), ("mask", {"capo_share": False})):

@@ -71,6 +71,8 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
+# The share of a budget above which the KL of no step at all makes the budget meaningless.
+_NOISE = 0.05
 # Steps undone one after another at which the run says so.
 _UNDONE = 10
 
@@ -128,6 +130,7 @@ class CAPOTrainer(GRPOTrainer):
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
         self._undone = 0  # steps in a row
+        self._noise_known = False  # whether the KL of no step was measured
         self._informative = True  # whether the coming step has a gradient of its own
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
@@ -246,11 +249,11 @@ class CAPOTrainer(GRPOTrainer):
         before = _random_state(self._devices(model)) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
+        after = _random_state(self._devices(model)) if measured else []
+        self._select(model, inputs, mask, hidden[0], logps)
         if measured:
-            after = _random_state(self._devices(model))
             random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
             self._remember(score, mask, before if random else None)
-        self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
@@ -460,11 +463,27 @@ class CAPOTrainer(GRPOTrainer):
         if changes:
             figures["capo/learning_rate"] = self._scale * self._lrs[0]
         if self._budget is not None and not self._skipped:
+            if not self._noise_known and not self.is_deepspeed_enabled:
+                figures["capo/kl/noise"] = self._measure_noise(self._budget.budget)
             self._budget.before_step(self._optimizer())
         figures["capo/steps_skipped"] = float(planner.steps_skipped)
         figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
+
+    def _measure_noise(self, budget: float) -> float:
+        """The KL of no step at all, once a run: what rounding makes of two forward passes that should be the same."""
+        self._noise_known = True
+        noise, _ = self._measure_kl()
+        if not noise < _NOISE * budget:
+            logger.warning(
+                "rounding alone looks like a KL of %.1e nats a token here, and capo_kl_budget=%g holds updates to a "
+                "tenth of it on average: the budget can't be kept. Use a larger one, capo_kl_sample=1.0 (the same "
+                "shapes round alike), or weights in float32",
+                noise,
+                budget,
+            )
+        return noise
 
     def _scale_learning_rate(self) -> None:
         groups = self._optimizer().param_groups
@@ -518,11 +537,8 @@ class CAPOTrainer(GRPOTrainer):
 
         def measure_kl() -> float:
             nonlocal tokens
-            self._reshard()
-            sample = [forward.sample for forward in self._forwards]
-            tokens = planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
-            # processes of different machines may sum in another order, and must go back equally far
-            return planner.processes.agreed(_mean(tokens[0]), self.args.device)
+            kl, tokens = self._measure_kl()
+            return kl
 
         figures: dict[str, float] = {}
         if self.args.changes_the_run:
@@ -546,6 +562,16 @@ class CAPOTrainer(GRPOTrainer):
             figures["capo/bytes"] = float(planner.processes.take_bytes())
         self._record(figures | {"capo/seconds": planner.clear()})
         self._forwards.clear()
+
+    def _measure_kl(self) -> tuple[float, tuple[Tensor, Tensor]]:
+        """The mean KL over the sampled tokens from the policy before the step to that of the weights now; and each
+        token's KL and m_F."""
+        assert self.planner is not None
+        self._reshard()
+        sample = [forward.sample for forward in self._forwards]
+        tokens = self.planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
+        # processes of different machines may sum in another order, and must go back equally far
+        return self.planner.processes.agreed(_mean(tokens[0]), self.args.device), tokens
 
     def _watch_undone(self, undone: bool) -> None:
         self._undone = self._undone + 1 if undone else 0
@@ -667,6 +693,7 @@ class CAPOTrainer(GRPOTrainer):
                 "steps_skipped": self.planner.steps_skipped,
                 "steps_nonfinite": self.planner.steps_nonfinite,
                 "budget": {} if self._budget is None else self._budget.state_dict(),
+                "noise_known": self._noise_known,
                 "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
         _save(Path(output_dir, STATE_FILE), tensors, counters)
@@ -690,6 +717,7 @@ class CAPOTrainer(GRPOTrainer):
             self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             self.planner.steps_skipped = counters.get("steps_skipped", 0)
             self.planner.steps_nonfinite = counters.get("steps_nonfinite", 0)
+            self._noise_known = counters.get("noise_known", False)
             if self._budget is not None and (kept := counters.get("budget")):
                 self._budget.load_state_dict(kept)
             if self.planner.share is not None and (kept := counters.get("share")):
