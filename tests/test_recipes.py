@@ -83,6 +83,8 @@ def test_the_papers_recipes_have_its_tables(run):
     if name in TABLE_4:
         hessian, fisher = TABLE_4[name]
         assert training.capo_mode == "mask"
+        assert not training.capo_share
+        assert training.kl_budget is None
         assert training.thresholds.fisher == fisher
         assert training.thresholds.hessian == (-hessian, hessian)
     else:
@@ -105,8 +107,8 @@ def test_the_command_line_overrides_any_field():
 
 
 def test_yaml_off_is_off(tmp_path):
-    (tmp_path / "r.yaml").write_text(Path(QUICKSTART).read_text().replace("capo_mode: mask", "capo_mode: off"))
-    assert read_recipe(str(tmp_path / "r.yaml"), ["--capo_kl_budget", "null"]).training.capo_mode == "off"
+    (tmp_path / "r.yaml").write_text(Path(QUICKSTART).read_text().replace("capo_mode: trust_region", "capo_mode: off"))
+    assert read_recipe(str(tmp_path / "r.yaml"), []).training.capo_mode == "off"
 
 
 def test_settings_are_what_differs_from_the_defaults():

@@ -69,23 +69,6 @@ def detached_loss(build, tmp_path, monkeypatch):
     trainer.train()
 
 
-def sampled_images(build, tmp_path, monkeypatch):
-    score = CAPOTrainer._get_per_token_logps_and_entropies
-    images = {"pixel_values": torch.zeros(4, 1)}  # what a text model would not take, so TRL's scoring doesn't get it
-
-    def with_images(self, *args, **kwargs):
-        return score(self, *args, **kwargs | images)
-
-    scored = GRPOTrainer._get_per_token_logps_and_entropies
-    monkeypatch.setattr(
-        GRPOTrainer,
-        "_get_per_token_logps_and_entropies",
-        lambda self, *args, pixel_values=None, **kwargs: scored(self, *args, **kwargs),
-    )
-    monkeypatch.setattr(CAPOTrainer, "_get_per_token_logps_and_entropies", with_images)
-    build(capo_kl_sample=0.5, capo_mode="monitor").train()
-
-
 def with_optimizer(**settings):
     def refuse(build, tmp_path, monkeypatch):
         model = make_model()
@@ -95,11 +78,13 @@ def with_optimizer(**settings):
     return refuse
 
 
-def under_deepspeed(build, tmp_path, monkeypatch):
-    trainer = build()
-    trainer.is_deepspeed_enabled = True
-    trainer.args.capo_kl_budget, trainer.args.capo_kl_control = 1e-3, "copy"
-    trainer._watch()
+def under_deepspeed(**settings):
+    def refuse(build, tmp_path, monkeypatch):
+        trainer = build(**settings)
+        trainer.is_deepspeed_enabled = True
+        trainer._watch()
+
+    return refuse
 
 
 def foreign_checkpoint(build, tmp_path, monkeypatch):
@@ -138,7 +123,7 @@ RAISED = {
     "is a probability: give it in [0, 1]": setting(capo_max_missing_mass=2.0),
     "must be at least 1, or null for the steps that are logged": setting(capo_kl_every=0),
     "is a share of the completions: give it in (0, 1]": setting(capo_kl_sample=0.0),
-    "does not know how to sample": sampled_images,
+    "is a share of the learning rate: give it in (0, 1]": setting(capo_kl_start=0.0),
     "must be at least 1, or null for never": setting(capo_tokens_every=0),
     "looks at none": setting(capo_tokens_every=1, capo_mode="off"),
     "both take the mask's place": setting(capo_soft=True, capo_penalty=1.0),
@@ -152,7 +137,8 @@ RAISED = {
     "not a setting of CAPO's": monitor(capo_hope=1),
     "which watches itself": lambda build, *_: MonitorCallback(build()),
     "MonitorCallback watches trl.GRPOTrainer": lambda *_: MonitorCallback(Trainer.__new__(Trainer)),
-    "of a step that DeepSpeed": under_deepspeed,
+    "moves weights of a step that DeepSpeed": under_deepspeed(capo_kl_budget=1e-3, capo_kl_control="copy"),
+    "shortens a step that DeepSpeed has taken already": under_deepspeed(capo_mode="shorten"),
     "is not a checkpoint of CAPOTrainer": foreign_checkpoint,
     "the run used another step model": lambda *_: AdamStep(1e-3).load_state_dict({"steps": torch.tensor(1)}),
 }
