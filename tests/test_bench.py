@@ -162,6 +162,7 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "GRPO (A), 2 uses, ε 0.2",
         "CAPO, SGD",
         "GRPO, lr 1e-4",
+        "GRPO, lr 1e-3",
         "rival: random",
         "GRPO, x",
         "CAPO, x",
@@ -186,5 +187,7 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
     assert row["CAPO"]["collapsed"] == "0/2"
     assert row["CAPO"]["completions to 0.9 [95 %]"].startswith("2/2")
     assert row["CAPO"]["TEST"] == "0.950 ± 0.000"
+    ranges = json.loads((tmp_path / "tables" / "range.json").read_text())
+    assert [row[:3] for row in ranges["rows"]] == [["GRPO", "0.0001 ✓", "2"], ["GRPO", "0.001 ✓", "2"]]
     table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())
     assert math.isclose(float(table5["rows"][0][1].split(" ± ")[0]), 1.0)

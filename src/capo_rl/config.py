@@ -7,6 +7,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from capo_rl.selection import Thresholds
+from capo_rl.trust_region import KL_BUDGET
 
 _CHOICES = {
     "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
@@ -20,9 +21,6 @@ _CHOICES = {
 
 # The losses whose denominators are defined on accepted tokens (docs/algorithm.md, "Denominators").
 MASKABLE_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
-
-# Nats a token that an update of the default mode may have; chosen on the testbed's tuning seeds (docs/testbed.md).
-KL_BUDGET = 5e-3
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ TARGET = 0.9
 STANDARD, TUNED = "GRPO standard", "GRPO tuned"
 MAIN = (STANDARD, TUNED, "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO")
 STEP_MODELS = ("CAPO", "CAPO, SGD", "Dr.CAPO", "Dr.CAPO, SGD", "ReinCAPO", "ReinCAPO, SGD")
+LENGTHS = (
+    "default",
+    "shorten",
+    "CAPO with the share",
+    "CAPO, the paper's bounds, with the share",
+    "CAPO, the paper's bounds",
+    "CAPO",
+    "GRPO (A)",
+    TUNED,
+    STANDARD,
+)
 BUDGETS = (
     "GRPO (A)",
     TUNED,
@@ -224,6 +236,52 @@ def _learning_rates(arms: Arms, path: Path) -> Path | None:
     return _save(figure, path)
 
 
+def _by_rate(arms: Arms) -> dict[str, dict[float, Runs]]:
+    """The runs of each method at each learning rate, of arms named `METHOD, lr RATE`."""
+    methods: dict[str, dict[float, Runs]] = {}
+    for name, runs in arms.items():
+        if found := re.fullmatch(r"(.+), lr ([\d.e+-]+)", name):
+            methods.setdefault(found[1], {})[float(found[2])] = runs
+    return {method: dict(sorted(rates.items())) for method, rates in methods.items() if len(rates) > 1}
+
+
+def usable_range(final: dict[float, list[float]]) -> tuple[float, float] | None:
+    """The widest run of neighbouring learning rates at which every seed ends within 5 % of the method's best mean.
+
+    `final` has the seeds' accuracies at each rate, ascending. None if it holds at no rate.
+
+    >>> usable_range({1e-3: [0.9, 0.9], 1e-2: [0.88, 0.92], 1e-1: [0.9, 0.2]})
+    (0.001, 0.01)
+    """
+    best = max(float(np.mean(each)) for each in final.values())
+    widest: tuple[float, float] | None = None
+    first: float | None = None
+    for rate, each in final.items():
+        if min(each) < 0.95 * best:
+            first = None
+            continue
+        first = rate if first is None else first
+        if widest is None or rate / first > widest[1] / widest[0]:
+            widest = first, rate
+    return widest
+
+
+def _range_figure(arms: Arms, path: Path) -> Path | None:
+    methods = _by_rate(arms)
+    if not methods:
+        return None
+    figure, axes = _figure(2, "Accuracy at the end, and the worst seed's, against the learning rate")
+    for at, (method, rates) in enumerate(methods.items()):
+        final = {rate: [_final(run) for run in runs] for rate, runs in rates.items()}
+        mean = [float(np.mean(each)) for each in final.values()]
+        axes[0].plot(list(final), mean, marker="o", markersize=3, color=PALETTE[at % len(PALETTE)], label=method)
+        worst = [min(each) for each in final.values()]
+        axes[1].plot(list(final), worst, marker="o", markersize=3, color=PALETTE[at % len(PALETTE)], label=method)
+    for each, label in zip(axes, ("mean over seeds", "worst seed"), strict=True):
+        each.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy at the end, {label}", ylim=(-0.02, 1.02))
+    return _save(figure, path)
+
+
 def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     """How much of each update's KL the last layer carries, by its own second-order prediction."""
     shares: dict[str, list[float]] = {}
@@ -316,6 +374,8 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig8": _fig8,
     "fig9": _fig9,
     "fig10": _accuracy("Figure 10: accuracy against accepted tokens", MAIN, x="capo/accepted_tokens", logarithmic=True),
+    "fig_range": _range_figure,
+    "fig_lengths": _accuracy("Beyond the paper: the length of the step", LENGTHS),
     "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
     "fig_rivals": _accuracy("Beyond the paper: rival masks on REINFORCE, at ReinCAPO's rejection rate", RIVAL_ARMS),
     "fig_reuse": _accuracy("Beyond the paper: masks on rollouts that are used five times", REUSE),
@@ -388,7 +448,7 @@ def _write(path: Path, title: str, columns: list[str], rows: list[list[str]], no
 
 def _methods(arms: Arms, path: Path) -> Path | None:
     target = {name: completions_to_target(*_reached(runs)) for name, runs in arms.items()}
-    first = {name: at for at, name in enumerate((*MAIN, *BUDGETS))}
+    first = {name: at for at, name in enumerate((*MAIN, *LENGTHS, *BUDGETS))}
     rows = []
     for name, runs in sorted(arms.items(), key=lambda arm: (first.get(arm[0], len(first)), arm[0])):
         final = [_final(run) for run in runs]
@@ -428,6 +488,59 @@ def _methods(arms: Arms, path: Path) -> Path | None:
         "Accuracy: of sampled completions in training, smoothed, at the last step. Out of bounds: the share of tokens "
         "outside the thresholds, which masked arms reject and the others only count.",
     )
+
+
+def _range_table(arms: Arms, path: Path) -> Path | None:
+    methods = _by_rate(arms)
+    if not methods:
+        return None
+    rows = []
+    for method, rates in methods.items():
+        final = {rate: [_final(run) for run in runs] for rate, runs in rates.items()}
+        usable = usable_range(final)
+        for rate, runs in rates.items():
+            rows.append(
+                [
+                    method,
+                    f"{rate:g}" + (" ✓" if usable and usable[0] <= rate <= usable[1] else ""),
+                    str(len(runs)),
+                    _plus_minus(final[rate]),
+                    f"{min(final[rate]):.3f}",
+                    f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
+                    str(completions_to_target(*_reached(runs))),
+                    *_over_budget(runs),
+                ]
+            )
+    return _write(
+        path,
+        "The range: every method against the learning rate",
+        [
+            "method",
+            "learning rate",
+            "seeds",
+            "accuracy, mean ± s.e.",
+            "worst seed",
+            "collapsed",
+            f"completions to {TARGET}",
+            "updates above twice the budget",
+            "largest update over the budget",
+        ],
+        rows,
+        "✓: the usable range, neighbouring rates at which every seed ends within 5 % of the method's best mean. "
+        "Updates are those that were left, measured on all completions (`capo/kl/whole`), not on the control's sample.",
+    )
+
+
+def _over_budget(runs: Runs) -> tuple[str, str]:
+    """The share of the updates above twice the budget, and the largest over it, by what was measured on all tokens."""
+    found = [kl for run in runs for kl in _finite(run["curves"].get("capo/kl/whole", []))]
+    if not found:
+        return "–", "–"
+    from capo_rl.trust_region import KL_BUDGET  # needs torch, which drawing does not
+
+    budget = float(runs[0]["settings"].get("capo_kl_budget") or KL_BUDGET)
+    over = np.array(found) / budget
+    return f"{np.mean(over > 2):.2%}", f"{over.max():.2f}"
 
 
 def _reached(runs: Runs) -> tuple[list[float | None], list[float]]:
@@ -506,4 +619,9 @@ def _plus_minus(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {error:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {"methods": _methods, "table1": _table1, "table5": _table5}
+TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {
+    "methods": _methods,
+    "range": _range_table,
+    "table1": _table1,
+    "table5": _table5,
+}
