@@ -2,8 +2,8 @@
 
     python examples/trl_script.py [--learning-rate 5e-4] [--max-steps 300] [--stock]
 
-`--stock` is the script before the change. Everything but batch, lengths and the learning rate is TRL's default. Prints the
-reward of the first and of the last tenth of the run.
+`--stock` is the script before the change. Everything but batch, lengths and the learning rate is TRL's default. Prints
+the reward of the first and of the last tenth of the run.
 """
 
 from __future__ import annotations

@@ -78,9 +78,20 @@ def smooth(figures: dict[str, float]) -> dict[str, float]:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_ddp_is_one_process(tmp_path, loss_type):
-    (one,) = run(tmp_path, 1, loss_type=loss_type, **SOME)
-    check_equal(one, run(tmp_path, 2, loss_type=loss_type, **SOME))
-    check_equal(one, run(tmp_path, 4, loss_type=loss_type, **SOME))
+    settings = SOME | {"loss_type": loss_type, "capo_share": loss_type == "grpo"}
+    (one,) = run(tmp_path, 1, **settings)
+    check_equal(one, run(tmp_path, 2, **settings))
+    check_equal(one, run(tmp_path, 4, **settings))
+    shares = [step["capo/share"] for step in one["figures"] if "capo/share" in step]
+    assert loss_type != "grpo" or 0 < min(shares) < 1
+
+
+def test_the_default_is_one_process_too(tmp_path):
+    settings = SOME | {"capo_mode": "trust_region", "capo_kl_start": 1.0, "capo_kl_budget": 0.1}
+    (one,) = run(tmp_path, 1, **settings)
+    check_equal(one, run(tmp_path, 2, **settings))
+    assert min(step["capo/scale"] for step in one["figures"] if "capo/scale" in step) < 1
+    assert min(step["capo/kl/fraction"] for step in one["figures"] if "capo/kl/fraction" in step) < 1
 
 
 def test_fsdp2_is_one_process_and_never_gathers_the_head(tmp_path):
@@ -106,7 +117,7 @@ def test_zero_is_one_process(tmp_path, stage):
 
 @pytest.mark.parametrize("control", ["copy", "learning_rate"])
 def test_a_kl_budget_takes_the_same_share_of_each_step_in_every_process(tmp_path, control):
-    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": control, "max_steps": 3, **OPEN}
+    settings = {"capo_kl_budget": 1e-3, "capo_kl_control": control, "capo_kl_start": 1.0, "max_steps": 3, **OPEN}
     one, other = run(tmp_path, 2, **settings)
     for name, weight in one["weights"].items():
         assert torch.equal(weight, other["weights"][name])
