@@ -41,7 +41,7 @@ def test_watching_a_stock_trainer_changes_nothing(build, own):
 
 def test_its_figures_are_those_of_the_monitor_mode(build):
     trainer = build(GRPOTrainer, GRPOConfig)
-    trainer.add_callback(MonitorCallback(trainer, capo_top_k=7, capo_fisher_threshold=0.01))
+    trainer.add_callback(MonitorCallback(trainer, capo_top_k=7, capo_fisher_threshold=0.01, capo_kl_sample=1.0))
     callback = logs(trainer)
     mode = logs(build(capo_mode="monitor", capo_top_k=7, capo_fisher_threshold=0.01))
     for one, other in zip(callback, mode, strict=True):
