@@ -1,13 +1,13 @@
-"""A training step of TRL's GRPO beside one of CAPO: off, monitor, and mask, taking turns.
+"""A training step of TRL's GRPO beside one of CAPO: off, monitor, mask, and the default, taking turns.
 
     python benchmarks/step.py recipes/quickstart.yaml [--steps 60] [--rounds 4] [--set logging_steps=10 ...]
 
-Thresholds are open and there is no budget, so all of them make the same updates on the same completions (bit for bit,
-tests/test_trl.py): what differs is the work. Each trainer is a process of its own and only one of them moves at a time,
-a few steps each and in an order drawn anew each time, so that what else the machine does hits all alike. Where a
-trainer's tensors happen to lie makes it one or two in a hundred faster or slower for good, so each round makes them all
-anew, in another order. Prints what all steps together, logging included, took over what TRL's did, by the clock and in
-processor time, with the least and the most of a round, and writes results/step/NAME.json.
+Thresholds are open and the default's budget is out of reach, so all make the same updates on the same completions
+(bit for bit, tests/test_trl.py): what differs is the work. Each trainer is a process of its own and only one of them
+moves at a time, a few steps each and in an order drawn anew each time, so that what else the machine does hits all
+alike. Where a trainer's tensors happen to lie makes it one or two in a hundred faster or slower for good, so each round
+makes them all anew, in another order. Prints what all steps together, logging included, took over what TRL's did, by
+the clock and in processor time, with the least and the most of a round, and writes results/step/NAME.json.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ MODES: dict[str, dict[str, Any] | None] = {
     TRL: None,
     "CAPO, off": {"capo_mode": "off"},
     "CAPO, monitor": {"capo_mode": "monitor", "capo_kl_every": 10},
-    "CAPO, mask, KL never measured": {"capo_mode": "mask", "capo_kl_every": 10**9},
-    "CAPO, mask": {"capo_mode": "mask", "capo_kl_every": 10},  # every tenth step, as TRL logs by default
-    "CAPO, mask, KL of every step": {"capo_mode": "mask", "capo_kl_every": 1},
+    "CAPO, mask, KL never measured": {"capo_mode": "mask", "capo_share": False, "capo_kl_every": 10**9},
+    "CAPO, mask": {"capo_mode": "mask", "capo_share": False, "capo_kl_every": 10},  # as TRL logs by default
+    "CAPO, mask with the share": {"capo_mode": "mask", "capo_kl_every": 10},
+    "CAPO, default": {"capo_mode": "trust_region", "capo_kl_budget": 1e9, "capo_kl_start": 1.0},
 }
 UNITS = ("clock", "processor")
 WARM_UP = 2  # steps that fill caches and moments

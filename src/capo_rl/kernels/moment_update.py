@@ -14,8 +14,8 @@ from capo_rl.kernels import jit, tl, triton
 from capo_rl.last_layer import RowGradient, blocks, tile_rows
 
 # A Triton program's tile: tokens that are summed at a time, columns of their row, and the warps that share it (at most,
-# and powers of two). Chosen without a GPU at hand; benchmarks/on_gpu.py tries others.
-ENTRIES, COLUMNS, WARPS = 16, 128, 4
+# and powers of two). Of nine the fastest on an H200 at two sizes of three (results/gpu/kernels.json).
+ENTRIES, COLUMNS, WARPS = 64, 64, 4
 
 
 @torch.no_grad()
