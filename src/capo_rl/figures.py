@@ -287,7 +287,9 @@ def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     shares: dict[str, list[float]] = {}
     for name in [name for name in MAIN if name in arms] or sorted(arms):
         # under a budget the prediction is of the step that was proposed, the measurement of what was left of it
-        runs = [run for run in arms[name] if "capo_kl_budget" not in run["settings"]]
+        settings = [run["settings"] for run in arms[name]]
+        held = ["capo_kl_budget" in each or each.get("capo_mode") == "trust_region" for each in settings]
+        runs = [run for run, budget in zip(arms[name], held, strict=True) if not budget]
         pairs = [pair for run in runs for pair in _pairs(run, "capo/kl/predicted", "capo/kl/measured")]
         # below 1e-7 nats the measured KL is rounding
         share = [predicted / measured for predicted, measured in pairs if predicted and measured > 1e-7]
