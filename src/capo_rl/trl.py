@@ -456,7 +456,8 @@ class CAPOTrainer(GRPOTrainer):
                 self._scale *= planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
                     figures["capo/kl/predicted"] *= planner.share.value**2
-            self._informative = planner.has_gradient
+            # asked only where a control learns from it: it costs a reduction over processes
+            self._informative = self._budget is None or planner.has_gradient
         self._norm = None
         if not self.is_deepspeed_enabled:
             self._scale_learning_rate()

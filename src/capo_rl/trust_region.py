@@ -218,9 +218,8 @@ class Steering:
             update, self._step = shorten(self._step.take, measure, self.budget), None
         if not math.isfinite(update.proposed):
             self.limit = max(_SHRINK * min(lr, self.limit), _FLOOR)
-        elif (
-            informative and update.proposed > 0 and lr > 0
-        ):  # a step of length zero says nothing, whatever rounding makes of it
+        # a step of length zero says nothing either, whatever rounding makes of its KL
+        elif informative and update.proposed > 0 and lr > 0:
             self._kl = _MEMORY * self._kl + update.proposed / lr**2
             self._weight = _MEMORY * self._weight + 1
             allowed = math.sqrt(_MEAN * self.budget * self._weight / self._kl)
