@@ -57,14 +57,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
     """A Llama with an output layer of its own, so that the gradient of the last layer is its alone."""
     special = {"bos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=False,
@@ -172,6 +172,7 @@ Licence: Apache-2.0.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("src/capo_rl/embedded"), help="folder to write (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder (%(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="chains a step (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (%(default)s)")
@@ -183,7 +184,7 @@ def main() -> None:
     torch.set_num_threads(1)  # sums in one order: the same weights each time, and no slower at this size
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, arguments.layers)
     train(model, tokenizer, arguments)
 
     model.to(torch.bfloat16).save_pretrained(arguments.out)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import datasets
@@ -94,6 +95,11 @@ def test_arithmetic_is_made_up_here():
     dataset = load_problems("arithmetic", limit=20, seed=3)
     assert dataset.num_rows == 20 and {"problem", "answer"} <= set(dataset.column_names)
     assert dataset.to_list() == load_problems("arithmetic", limit=20, seed=3).to_list()
+    longer = load_problems("arithmetic", config="8", limit=1, seed=3)["problem"][0]
+    assert len(re.findall(r"[+-]", longer)) == 7
+    for terms in ("1", "many"):
+        with pytest.raises(DataError, match=f"dataset_config='{terms}'.*number of terms"):
+            load_problems("arithmetic", config=terms)
 
 
 def test_a_hub_that_does_not_answer_is_explained(monkeypatch):

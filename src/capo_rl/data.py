@@ -27,8 +27,8 @@ def load_problems(
 ) -> datasets.Dataset:
     """A dataset with the text columns `problem` and `answer`, at most `limit` rows of it, drawn with `seed`.
 
-    `name` is `arithmetic` (as many made-up problems as `limit` says, 4096 if it doesn't), a JSON Lines file, or
-    the id of a dataset on the hub, of which `config` and `split` are taken.
+    `name` is `arithmetic` (as many made-up problems as `limit` says, 4096 if it doesn't; `config` is their number of
+    terms), a JSON Lines file, or the id of a dataset on the hub, of which `config` and `split` are taken.
 
     Raises `DataError` for a file or dataset that is missing, empty, malformed, or lacks a column.
 
@@ -42,7 +42,9 @@ def load_problems(
     if name == "arithmetic":
         from capo_rl.arithmetic import problems
 
-        return datasets.Dataset.from_list(list(islice(problems(seed), limit or 4096)))
+        if config is not None and not (config.isdecimal() and int(config) >= 2):
+            raise DataError(f"dataset_config={config!r}: of `arithmetic` it is the number of terms, at least 2")
+        return datasets.Dataset.from_list(list(islice(problems(seed, int(config or 5)), limit or 4096)))
     path = Path(name).expanduser()
     dataset = _read(path) if path.suffix == ".jsonl" or path.is_file() else _download(name, config, split)
     if limit is not None and limit < len(dataset):

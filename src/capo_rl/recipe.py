@@ -26,7 +26,10 @@ class DataConfig:
             "and `answer`."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of a hub dataset."})
+    dataset_config: str | None = field(
+        default=None,
+        metadata={"help": "The configuration of a hub dataset; of `arithmetic`, the number of terms (null: 5)."},
+    )
     dataset_train_split: str = field(default="train", metadata={"help": "The split of a hub dataset to train on."})
     dataset_limit: int | None = field(
         default=None, metadata={"help": "Train on this many problems, drawn with `seed`; null: on all."}
