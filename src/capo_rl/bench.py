@@ -6,7 +6,7 @@ seeds: [11, 12, 13, 14, 15]
 test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
 arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `adapt` is the
                                    rate of an `AdaptThresholds`, `train_only` a regular expression for the names of the
-                                   weights that learn
+                                   weights that learn; `scales`, `second_moment` and `sign` are of `interventions`
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each
@@ -62,7 +62,7 @@ CURVES = (
     "capo/thresholds/fisher",
     "grad_norm",
 )
-BESIDE = ("rival", "adapt", "train_only")  # of an arm, and no fields of a recipe
+BESIDE = ("rival", "adapt", "train_only", "scales", "second_moment", "sign")  # of an arm, and no fields of a recipe
 _FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
 _TEST_SEED = 2**31  # of the held-out problems; no training run has it
 
@@ -193,6 +193,7 @@ def _follow(parent: int) -> None:
 def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     """One run, from nothing to its result."""
     from capo_rl.adapt import AdaptThresholds
+    from capo_rl.interventions import Scales, WholeSecondMoment, one_sign
     from capo_rl.recipe import read_recipe, settings
     from capo_rl.rivals import rival
     from capo_rl.train import Record, make_trainer
@@ -214,6 +215,12 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             trainer.planner.rule = rival(**beside["rival"], seed=seed)
         if beside["adapt"] is not None:
             trainer.add_callback(AdaptThresholds(trainer, beside["adapt"]))
+        if beside["sign"] is not None and trainer.planner is not None:
+            trainer.planner.rule = one_sign(trainer.planner.thresholds, beside["sign"])
+        if beside["second_moment"]:
+            trainer.add_callback(WholeSecondMoment(trainer))
+        if beside["scales"] is not None:
+            trainer.add_callback(Scales(_scales(bench, seed, path.parents[2], **beside["scales"])))
         if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1:
             _audit(trainer)
         generation = _timed(trainer, "_generate_and_score_completions")
@@ -248,6 +255,25 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
         },
         indent=None,
     )
+
+
+def _scales(bench: Bench, seed: int, results: Path, of: str, arm: str, how: str) -> list[float]:
+    """The lengths of the steps of an arm of the bench `of`: those of its run with the next seed (`yoked`), or at every
+    step the mean over its runs and their steps (`constant`).
+
+    Raises `BenchError` where those runs have no results yet.
+    """
+    from capo_rl.interventions import applied_scales
+
+    after = bench.seeds[(bench.seeds.index(seed) + 1) % len(bench.seeds)]
+    runs = [results / of / slug(arm) / f"{each}.json" for each in ([after] if how == "yoked" else bench.seeds)]
+    if missing := [run for run in runs if not run.exists()]:
+        raise BenchError(f"{bench.name}: {missing[0]} is missing; run `capo bench {of} --only '{arm}'` first")
+    scales = [applied_scales(json.loads(run.read_text(encoding="utf-8"))) for run in runs]
+    if how == "yoked":
+        return scales[0]
+    mean = sum(map(sum, scales)) / sum(map(len, scales))
+    return [mean] * len(scales[0])
 
 
 def _hardware(device: Any) -> str:
