@@ -77,7 +77,7 @@ def test_the_second_moment_is_that_of_all_tokens(build):
         state = both.optimizer.state[ours]
         torch.testing.assert_close(state["exp_avg"], masked.optimizer.state[of_mask]["exp_avg"])
         unclipped = plain.optimizer.state[of_all]["exp_avg_sq"] / _clipping(plain) ** 2
-        torch.testing.assert_close(state["exp_avg_sq"], unclipped * _clipping(both) ** 2, rtol=1e-2, atol=2e-12)
+        torch.testing.assert_close(state["exp_avg_sq"], unclipped * _clipping(both) ** 2, rtol=1e-2, atol=5e-11)
         seen += int(state["exp_avg_sq"].count_nonzero())
     assert seen
 
