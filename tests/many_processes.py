@@ -3,6 +3,7 @@
     torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", ...settings of CAPOConfig}'
 
 Writes FOLDER/NAME-RANK.pt: weights, moments, the verdicts and shifts of each completion, the figures of every step.
+With a list of such settings it makes one run after another, which saves starting.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from capo_rl import CAPOConfig, CAPOTrainer
@@ -58,22 +60,33 @@ def partition_on_a_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
 
 
-def main(folder: str, settings: dict) -> None:
-    if "fsdp" in settings:
+def main(folder: str, runs: list[dict]) -> None:
+    if "fsdp" in runs[0]:
         shard_on_a_cpu()
-    if "deepspeed" in settings:
+    if "deepspeed" in runs[0]:
         partition_on_a_cpu()
+    for settings in runs:
+        AcceleratorState._reset_state()  # another run may have another precision
+        train(folder, settings)
+    # An interpreter that takes its objects down one by one now and then aborts in gloo's threads ("terminate called
+    # without an active exception"); what is tested is over.
+    os._exit(0)
+
+
+def train(folder: str, settings: dict) -> None:
     name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
     completions = settings.pop("completions", 8)  # a step, of all processes
     poisoned = settings.pop("poisoned", None)  # the step at which the last process's loss is NaN
     blind = settings.pop("blind", False)  # TRL does not look at the gradient's norm, as older ones without clipping
     settings.setdefault("per_device_train_batch_size", completions // world)
+    lora = settings.pop("lora", False)
     trainer = SameCompletions(
         model=make_model(),
         reward_funcs=wants_even_words,
         args=CAPOConfig(output_dir=folder, **(SETTINGS | PAPERS | {"gradient_accumulation_steps": 1} | settings)),
         train_dataset=prompts(),
         processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, init_lora_weights=False) if lora else None,
     )
     verdicts: dict[tuple[int, ...], tuple[list[bool], list[float]]] = {}
     figures: list[dict[str, float]] = []
@@ -115,7 +128,7 @@ def main(folder: str, settings: dict) -> None:
     torch.save(
         {
             "weights": {} if state is None else {key: value.detach().float() for key, value in state.items()},
-            "moments": trainer.planner.step.state_dict(),
+            "moments": {} if trainer.planner is None else trainer.planner.step.state_dict(),
             "verdicts": verdicts,
             "figures": figures,
             "sharded_head": any(sharded),
@@ -123,10 +136,8 @@ def main(folder: str, settings: dict) -> None:
         Path(folder, f"{name}-{rank}.pt"),
     )
     trainer.accelerator.wait_for_everyone()
-    # An interpreter that takes its objects down one by one now and then aborts in gloo's threads ("terminate called
-    # without an active exception"); what is tested is over.
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    asked = json.loads(sys.argv[2])
+    main(sys.argv[1], asked if isinstance(asked, list) else [asked])

@@ -23,20 +23,24 @@ FSDP2 = {
 
 def run(folder: Path, processes: int, **settings) -> list[dict]:
     """What each process of a run writes."""
+    name = f"on-{processes}"
+    launch(folder, processes, [{"name": name} | settings])
+    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def launch(folder: Path, processes: int, runs: list[dict]) -> None:
     folder.mkdir(exist_ok=True)
     here = Path(__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    name = f"on-{processes}"
     path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*command, str(here / "many_processes.py"), str(folder), json.dumps({"name": name} | settings)],
+        [*command, str(here / "many_processes.py"), str(folder), json.dumps(runs)],
         capture_output=True,
         text=True,
         timeout=280,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 def check_equal(one: dict, several: list[dict]) -> None:

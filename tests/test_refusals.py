@@ -127,6 +127,7 @@ RAISED = {
     "must be at least 1, or null for never": setting(capo_tokens_every=0),
     "looks at none": setting(capo_tokens_every=1, capo_mode="off"),
     "both take the mask's place": setting(capo_soft=True, capo_penalty=1.0),
+    "is for the shifts of single tokens under Adam": setting(capo_units="translated", capo_granularity="group"),
     "weigh tokens one by one": setting(capo_soft=True, capo_granularity="sequence"),
     "must be above 0, or null for no budget": setting(capo_kl_budget=0.0),
     "capo_kl_budget changes the run": setting(capo_mode="monitor", **BUDGET),

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_rl import SGDStep, Shifts, Thresholds, select, token_shifts
-from capo_rl.selection import penalised, soft_weights
+from capo_rl import AdamStep, SGDStep, Shifts, Thresholds, select, token_shifts
+from capo_rl.last_layer import last_layer
+from capo_rl.selection import penalised, soft_weights, translated
+from capo_rl.shifts import shifts_along, token_direction
 
 NAN, INF = float("nan"), float("inf")
 
@@ -115,3 +117,26 @@ def test_a_penalty_is_the_gradient_of_the_penalised_objective():
     torch.testing.assert_close(used[kept], x.grad[kept])
     assert (used[~kept] == 0).all()
     assert (used * advantages >= 0).all()
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-3])
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
+def test_translated_bounds_mean_the_same_at_any_learning_rate_and_size(lr, size):
+    """The first step of Adam on one token: what is rejected depends on its distribution and its advantage alone."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 8, generator=generator, dtype=torch.float64)
+    logits = 3 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    actions = torch.randint(12, (200,), generator=generator)
+    advantages = torch.randn(200, generator=generator, dtype=torch.float64)
+    verdicts = []
+    for rate, factor in ((lr, size), (0.14 / hidden.abs().sum(-1).mean().item(), 1.0)):
+        layer = last_layer(factor * hidden, logits, actions)
+        planned = shifts_along(token_direction(layer, advantages, AdamStep(rate, eps=1e-30)), layer, advantages)
+        scale = rate * (factor * hidden).abs().sum(-1)
+        verdicts.append(select(translated(planned, scale), Thresholds(fisher=1e-3, hessian=None)))
+    assert torch.equal(*verdicts)
+    assert 0 < verdicts[0].sum() < 200
+
+
+def test_a_token_of_no_scale_keeps_its_shifts():
+    assert select(translated(shifts([0.0, 0.0], [0.0, 0.0]), torch.tensor([0.0, 1.0])), Thresholds()).all()

@@ -14,6 +14,7 @@ _CHOICES = {
     "capo_advantage": ("group", "reward"),
     "capo_granularity": ("token", "sequence", "group", "batch"),
     "capo_step": ("adam", "sgd"),
+    "capo_units": ("plain", "translated"),
     "capo_fisher": ("sampled", "expected"),
     "capo_moments": ("float32", "bfloat16"),
     "capo_kl_control": ("learning_rate", "copy", "optimizer"),
@@ -76,6 +77,15 @@ class CAPOConfig(GRPOConfig):
         metadata={
             "help": "The model of the optimizer's step on the last layer (Section 4.1).",
             "choices": _CHOICES["capo_step"],
+        },
+    )
+    capo_units: str = field(
+        default="plain",
+        metadata={
+            "help": "`plain`: the bounds are for m_F and m_H as they are (the paper). `translated`: for what they "
+            "would be at the learning rate and size of the paper's model, so that one bound means the same for "
+            "another model. Not in the paper.",
+            "choices": _CHOICES["capo_units"],
         },
     )
     capo_fisher: str = field(
@@ -226,6 +236,11 @@ def check_capo(config: Any) -> None:
             raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
         if config.capo_granularity != "token":
             raise ValueError("capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token'")
+    if config.capo_units == "translated" and (config.capo_step == "sgd" or config.capo_granularity != "token"):
+        raise ValueError(
+            "capo_units='translated' is for the shifts of single tokens under Adam: use capo_units='plain' with "
+            "capo_step='sgd' or another capo_granularity"
+        )
     if config.capo_kl_budget is not None:
         if not config.capo_kl_budget > 0:
             raise ValueError(f"capo_kl_budget={config.capo_kl_budget} must be above 0, or null for no budget")

@@ -28,7 +28,7 @@ from capo_rl.last_layer import (
     support_rows,
 )
 from capo_rl.processes import Processes
-from capo_rl.selection import Thresholds, penalised, select, soft_weights
+from capo_rl.selection import Thresholds, penalised, select, soft_weights, translated
 from capo_rl.share import Share, squared_norms
 from capo_rl.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.step import AdamStep, SGDStep
@@ -65,6 +65,7 @@ class MicroBatch:
 class Planner:
     """Plans optimizer steps one after another.
 
+    With `translated` the thresholds are for shifts at the paper's scale (`selection.translated`).
     With `share` the share ρ of the accepted tokens (`share.Share`) is kept too, which is the trainer's to apply.
     Between two calls of `commit` (or `skip`) the micro-batches of one step are collected: for each token its hidden
     state, k support entries and a few scalars. `rule` takes the place of the thresholds where it is set.
@@ -84,6 +85,7 @@ class Planner:
         max_missing_mass: float = 1.0,
         soft: bool = False,
         penalty: float | None = None,
+        translated: bool = False,
         share: bool = False,
         processes: Processes | None = None,
     ) -> None:
@@ -91,7 +93,7 @@ class Planner:
         self.processes = processes or Processes()
         self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
         self.max_missing_mass = max_missing_mass
-        self.soft, self.penalty = soft, penalty
+        self.soft, self.penalty, self.translated = soft, penalty, translated
         # An SGD step is shorter already by what was left out of its gradient.
         self.share = Share(step.betas[1]) if share and isinstance(step, AdamStep) else None
         self.rule: Rule | None = None
@@ -126,17 +128,20 @@ class Planner:
                 chunks = logit_chunks(logits, len(hidden))
                 layer = LastLayer.cat([last_layer(hidden[at], z, actions[at], **settings) for at, z in chunks])
             shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
+            judged = shifts
+            if self.translated:
+                judged = translated(shifts, self.step.lr * hidden.abs().sum(-1, dtype=shifts.m_f.dtype))
             if self.rule is not None:
                 before = layer.log_pi_a if sampled_log_pi is None else sampled_log_pi
                 keep = self.rule(layer, advantages, shifts, before) & ~shifts.nonfinite
             elif subsets is None:
-                keep = select(shifts, self.thresholds)
+                keep = select(judged, self.thresholds)
             else:
                 verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
                 keep = verdicts[subsets] & ~shifts.nonfinite
             if self.soft:
                 keep = ~shifts.nonfinite
-                used = advantages * soft_weights(shifts, self.thresholds).to(advantages.dtype)
+                used = advantages * soft_weights(judged, self.thresholds).to(advantages.dtype)
             elif self.penalty is not None:
                 keep = ~shifts.nonfinite
                 used = penalised(advantages, shifts, self.penalty)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from capo_rl.processes import Processes
     from capo_rl.shifts import Shifts
+
+# α ‖h‖₁ of Qwen2.5-7B at the paper's peak learning rate: where its thresholds were found.
+PAPERS_SCALE = 0.14
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,24 @@ def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     if high is not None:
         keep &= shifts.m_h <= high
     return keep
+
+
+def translated(shifts: Shifts, scale: Tensor) -> Shifts:
+    """Token shifts as they would be at the paper's scale, to hold against the paper's bounds at any size of model.
+
+        m_F / r²,  m_H / r        r = α ‖h‖₁ / 0.14
+
+    A young Adam's step on a token alone is a sign step: s ≈ 2 κ α ‖h‖₁ (1 − π_a) with κ from 0.5 to 1, m_F = ½ s² and
+    m_H ≈ |A| s. So the same bound means another 1 − π_a at another `scale` α ‖h‖₁ [N], which is 0.14 for Qwen2.5-7B at
+    the paper's peak rate. A token of scale 0 keeps its shifts, which are 0. Not in the paper.
+
+    >>> from capo_rl.shifts import Shifts
+    >>> one = torch.tensor([1e-6])
+    >>> translated(Shifts(m_h=one, m_f=one, s=one, c=one, missing_mass=one), scale=torch.tensor([0.014])).m_f
+    tensor([1.0000e-04])
+    """
+    ratio = (scale / PAPERS_SCALE).where(scale > 0, 1).to(shifts.m_f.dtype)
+    return replace(shifts, m_h=shifts.m_h / ratio, m_f=shifts.m_f / ratio.square())
 
 
 def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Tensor:

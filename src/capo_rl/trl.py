@@ -147,6 +147,7 @@ class CAPOTrainer(GRPOTrainer):
                 max_missing_mass=args.capo_max_missing_mass,
                 soft=args.capo_soft,
                 penalty=args.capo_penalty,
+                translated=args.capo_units == "translated",
                 share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
             )
             self.add_callback(_AroundTheStep(self))
