@@ -32,12 +32,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_config_model_id
 
 from capo_rl.config import CAPOConfig
 from capo_rl.head import Head
+from capo_rl.model_card import model_card
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
-from capo_rl.records import written_whole
+from capo_rl.records import versions, written_whole
 from capo_rl.rewards import Guarded, guarded
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
@@ -102,6 +104,7 @@ class CAPOTrainer(GRPOTrainer):
     """
 
     _name = "CAPO"
+    base_model: str | None = None  # as the user named it, where that is not in its config
     _unrewarded: dict[str, int] | None = None  # batches in a row; a stock trainer that is watched has no such limit
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
@@ -684,6 +687,26 @@ class CAPOTrainer(GRPOTrainer):
         for name, value in figures.items():
             # TRL logs the mean since it last logged; of a total that is running the last is meant
             metrics[name] = [value] if name in _TOTALS else [*metrics[name], value]
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the run's folder: the model, CAPO and what to cite (`model_card`)."""
+        if not self.is_world_process_zero():
+            return
+        known = get_config_model_id(self.model.config) or "a model"
+        on_hub = self.base_model is None and not Path(known).exists()
+        given = self.base_model or (known if on_hub else Path(known).name)
+        text = model_card(
+            model_name or Path(self.args.output_dir).name,
+            given,
+            self.args.capo_mode,
+            versions(),
+            on_hub=on_hub,
+            dataset=dataset_name,
+            tags=sorted({*self._tag_names, "capo", *([tags] if isinstance(tags, str) else tags or [])}),
+        )
+        Path(self.args.output_dir, "README.md").write_text(text, encoding="utf-8")
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
