@@ -241,8 +241,10 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_one_line_and_status_130(tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
     first = start(tmp_path / "run")
     wait_for_steps(first, tmp_path / "run", 1)
+    first.send_signal(signal.SIGSTOP)  # or it is over before the other has started
     second = start(tmp_path / "run")
     refused = second.communicate(timeout=200)[1]
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert (
         refused.strip()

@@ -147,13 +147,13 @@ def test_the_model_card_names_the_model_the_method_and_the_paper(whole):
 
 def test_a_recipe_that_is_missing_is_told_before_anything_heavy_loads():
     program = (
-        "import sys; from capo_rl.cli import main; codes = [main([name, 'quickstrat.yaml']) for name in "
+        "import sys; from capo_rl.cli import main; codes = [main([name, 'recipes/quickstrat.yaml']) for name in "
         "('train', 'calibrate')]; print(codes, sorted({'torch', 'trl', 'transformers'} & sys.modules.keys()))"
     )
-    recipes = Path(QUICKSTART).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=recipes)
+    root = Path(QUICKSTART).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "[2, 2] []"
-    assert done.stderr.count("quickstrat.yaml: no such file; did you mean recipes/quickstart.yaml?") == 2
+    assert done.stderr.count("recipes/quickstrat.yaml: no such file; did you mean recipes/quickstart.yaml?") == 2
 
 
 def test_problems_that_cannot_be_graded_are_dropped_and_counted(tmp_path):
