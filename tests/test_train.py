@@ -133,7 +133,8 @@ def test_the_log_of_a_run_has_a_line_for_each_tenth(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "step" in line]
     assert [line.split(",")[0] for line in lines] == [f"run: step {step} of 20" for step in range(2, 21, 2)]
-    assert all("reward 0." in line for line in lines[1:])
+    rewards = [f"reward {entry['reward']:.2f}" for entry in read_metrics(tmp_path / "run")[1::2]]
+    assert all(reward in line for reward, line in zip(rewards, lines, strict=True))
     assert "gold" not in done.stderr and "it/s" not in done.stderr
 
 

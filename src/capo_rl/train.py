@@ -207,7 +207,6 @@ class Record(TrainerCallback):
         self.metrics = folder / "metrics.jsonl"
         self.progress: Progress | None = None
         self.last = 0.0
-        self.note = ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.perf_counter()
@@ -222,8 +221,8 @@ class Record(TrainerCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.progress is not None:
-            self.progress.update(state.global_step, self.note)
+        if self.progress is not None and not control.should_log:  # else with what is logged
+            self.progress.update(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.progress is not None and logs:
@@ -231,7 +230,7 @@ class Record(TrainerCallback):
             entry = {**logs, "step": state.global_step, "seconds": now - self.last}
             self.last = now
             write_metrics(self.metrics, [entry], append=True)
-            self.note = _postfix(logs) or self.note
+            self.progress.update(state.global_step, _postfix(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
