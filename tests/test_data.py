@@ -1,5 +1,6 @@
 """Loading problems: what is wrong with a file, where, and what to do about it."""
 
+import inspect
 import json
 import os
 import re
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+from trl import GRPOTrainer
 
-from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
+from capo_rl.data import RESERVED, DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import Grader
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
@@ -166,6 +168,22 @@ def test_conversational_prompts(problems):
 def test_plain_prompts(problems):
     assert as_prompts(problems, conversational=False)["prompt"] == problems["problem"]
     assert as_prompts(problems, conversational=False, system_prompt="Be.")[0]["prompt"] == "Be.\n\nx ?"
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "image", "images", "log_metric"])
+def test_columns_by_a_name_that_trl_reserves_are_left_out(problems, caplog, name):
+    dataset = as_prompts(problems.add_column(name, [None] * len(problems)), conversational=False)
+    assert set(dataset.column_names) == {"problem", "answer", "id", "prompt"}
+    assert f"the data's columns `{name}` are left out" in caplog.text
+
+
+def test_every_name_that_trl_adds_to_the_data_is_reserved():
+    """A new version of TRL may pass more to reward functions, or read more of the data."""
+    source = inspect.getsource(GRPOTrainer)
+    passed = set(re.findall(r'reward_kwargs\["(\w+)"\]', source))
+    read = set(re.findall(r'"(\w+)" in inputs\[0\]', source))
+    assert {"log_extra", "log_metric"} <= passed and {"image", "images"} <= read
+    assert passed | read <= set(RESERVED)
 
 
 class Words:

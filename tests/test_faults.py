@@ -24,6 +24,7 @@ from capo_rl.checkpoints import (
     damage_of,
     resume_point,
 )
+from capo_rl.records import read_metrics
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -120,24 +121,25 @@ def test_a_checkpoint_that_fails_leaves_nothing_but_those_before(build, tmp_path
     assert resume_point(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-1")
 
 
-def test_a_run_that_is_told_to_stop_goes_on_as_if_nothing_had_happened(build, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_goes_on_as_if_nothing_had_happened(build, tmp_path, number):
     settings = {"max_steps": 6, "capo_fisher_threshold": 0.01, "num_iterations": 2}
     whole = build(WholeCheckpoints, **settings)
     whole.train()
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.getsignal(number)
     seen = []
 
     def tell() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), number)
+        seen.extend(signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT))
 
     stop = StopWhenTold()
     told = build(WholeCheckpoints, callbacks=[At(3, tell), stop], **settings)
     told.train()
-    assert stop.told
+    assert stop.status == 128 + number
     assert told.state.global_step == 3
-    assert seen == [signal.SIG_DFL]  # a second signal would end the process
-    assert signal.getsignal(signal.SIGTERM) is handler
+    assert seen == [signal.SIG_DFL] * 2  # a second signal would end the process
+    assert signal.getsignal(number) is handler
     resumed = build(WholeCheckpoints, **settings)
     resumed.train(resume_from_checkpoint=resume_point(tmp_path / "run"))
     expected = weights(whole)
@@ -223,6 +225,35 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_status_143(tmp_path, record_pr
     assert 2 <= step < 8
     assert resume_point(tmp_path / "run") is not None
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_ctrl_c_ends_a_run_with_a_checkpoint_one_line_and_status_130(tmp_path):
+    run = start(tmp_path / "run", "--save_steps", "100")
+    wait_for_steps(run, tmp_path / "run", 2)
+    run.send_signal(signal.SIGINT)
+    errors = run.communicate(timeout=200)[1]
+    assert run.returncode == 130, errors[-3000:]
+    assert errors.count("told to stop") == 1 and "Traceback" not in errors
+    assert len(checkpoints(tmp_path / "run")) == 1
+    assert resume_point(tmp_path / "run") is not None
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
+    first = start(tmp_path / "run")
+    wait_for_steps(first, tmp_path / "run", 1)
+    first.send_signal(signal.SIGSTOP)  # or it is over before the other has started
+    second = start(tmp_path / "run")
+    refused = second.communicate(timeout=200)[1]
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert (
+        refused.strip()
+        .splitlines()[-1]
+        .startswith(f"capo: error: output_dir={tmp_path / 'run'}: process {first.pid} on ")
+    )
+    errors = first.communicate(timeout=200)[1]
+    assert first.returncode == 0, errors[-3000:]
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path, record_property):

@@ -1,7 +1,6 @@
 """Grading: hostile text, deadlines, and rewards that are missing rather than wrong."""
 
 import json
-import logging
 import math
 import os
 import runpy
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from capo_rl import grading
 from capo_rl.answers import Rule, number
-from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer, guarded
+from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -316,76 +315,3 @@ def test_an_answer_is_wrong_only_if_the_gold_answer_is_known(grader):
 
 def test_a_message_without_text_is_an_answer_without_box():
     assert accuracy_reward([[{"role": "assistant", "content": None}], []], ["1", "1"]) == [0.0, 0.0]
-
-
-def test_guarded_passes_results_through():
-    def reward(completions, **kwargs):
-        """Say what it does."""
-        return [1, 0.5, None, True]
-
-    wrapped = guarded(reward)
-    assert wrapped(completions=list("abcd"), prompts=None) == [1, 0.5, None, True]
-    assert (wrapped.missing, wrapped.__name__, wrapped.__doc__) == (0, "reward", "Say what it does.")
-
-
-def test_guarded_leaves_out_what_is_no_finite_number(caplog):
-    wrapped = guarded(lambda completions: [math.nan, math.inf, -math.inf, "1", 10**400, 2.0])
-    assert wrapped(completions=list("abcdef")) == [None, None, None, None, None, 2.0]
-    assert wrapped.missing == 5
-
-
-def test_guarded_scores_one_by_one_where_the_batch_raises(caplog):
-    calls = []
-
-    def reward(completions, answer, prompts, trainer_state, short):
-        calls.append((completions, answer, prompts, trainer_state, short))
-        if "bad" in completions:
-            raise KeyError("a bug")
-        return [float(c == a) for c, a in zip(completions, answer, strict=True)]
-
-    wrapped = guarded(reward)
-    kwargs = {"answer": ["x", "y", "z"], "prompts": ["p", "q", "r"], "trainer_state": "s", "short": [1]}
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert wrapped(completions=["x", "bad", "y"], **kwargs) == [1.0, None, 0.0]
-    assert wrapped.missing == 2
-    assert calls[1:4] == [
-        (["x"], ["x"], ["p"], "s", [1]),
-        (["bad"], ["y"], ["q"], "s", [1]),
-        (["y"], ["z"], ["r"], "s", [1]),
-    ]
-    assert [r.getMessage() for r in caplog.records] == [
-        "reward function reward failed and will be left out where it does: KeyError: 'a bug'"
-    ]
-
-
-def test_guarded_survives_a_function_that_always_raises(caplog):
-    def reward(completions):
-        raise OSError("the service is down")
-
-    wrapped = guarded(reward)
-    assert wrapped(completions=["a", "b"]) == [None, None]
-    assert wrapped.missing == 2 and "the service is down" in caplog.text
-
-
-def test_guarded_takes_a_wrong_number_of_rewards_for_a_failure(caplog):
-    wrapped = guarded(lambda completions: [1.0])
-    assert wrapped(completions=["a", "b"]) == [1.0, 1.0]  # one by one, it is right
-    assert guarded(lambda completions: None)(completions=["a"]) == [None]
-    assert "1 rewards for 2 completions" in caplog.text
-
-
-def test_guarded_does_not_hide_an_interrupt():
-    def reward(completions):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        guarded(reward)(completions=["a"])
-
-
-def test_guarded_refuses_async_functions():
-    async def reward(completions):
-        return [1.0]
-
-    with pytest.raises(TypeError, match="async"):
-        guarded(reward)

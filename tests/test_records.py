@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
+from capo_rl.cli import main
 from capo_rl.plots import draw_comparison, draw_run
 from capo_rl.records import (
     RunFolderError,
     check_folder,
     last_checkpoint,
     read_metrics,
+    sole_writer,
     start_run,
     summarize,
     write_json,
@@ -87,3 +91,39 @@ def test_curves_are_drawn_of_any_run(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     draw_comparison({"GRPO": off, "CAPO": masked}, tmp_path / "both.png", title="both")
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_metrics_without_a_training_step_are_an_error(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="no training step is logged in it"):
+        read_metrics(tmp_path)
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "a.png")]) == 2
+    assert not (tmp_path / "a.png").exists()
+
+
+HOLDS = """
+import sys
+from capo_rl.records import sole_writer
+with sole_writer(sys.argv[1]):
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_writer_until_its_process_is_gone(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout.readline() == b"here\n"
+        with pytest.raises(RunFolderError, match=f"process {holder.pid} on .* is training in it"), sole_writer(folder):
+            pass
+        holder.kill()
+    with sole_writer(folder):
+        check_folder(folder, SETTINGS)  # a lock that was left makes no run
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="can't be written to"), sole_writer(tmp_path / "file" / "run"):
+        pass

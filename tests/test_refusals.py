@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from capo_rl import CAPOTrainer, MonitorCallback
+from capo_rl import CAPOConfig, CAPOTrainer, MonitorCallback
 from capo_rl.models import check_head, locate
 from capo_rl.step import AdamStep
-from conftest import make_model
+from conftest import make_model, wants_even_words
 
 ROOT = Path(__file__).parents[1]
 LISTED = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "refusals.md").read_text(), re.MULTILINE)
@@ -96,6 +97,11 @@ def monitor(trainer=GRPOTrainer, config=GRPOConfig, **settings):
     return lambda build, *_: MonitorCallback(build(trainer, config), **settings)
 
 
+def taken_column(build, tmp_path, monkeypatch):
+    data = Dataset.from_list([{"prompt": "w1", "completions": "w2"}])
+    CAPOTrainer("./no-such-model", wants_even_words, train_dataset=data, args=CAPOConfig(str(tmp_path), use_cpu=True))
+
+
 def setting(**settings):
     return lambda build, *_: build(**settings)
 
@@ -116,6 +122,7 @@ RAISED = {
     "the loss did not read the advantages CAPO wrote": deaf_loss,
     "never reached the log-probabilities CAPO watched": detached_loss,
     "CAPOTrainer takes a CAPOConfig": lambda build, *_: build(config=GRPOConfig),
+    "the data has a column": taken_column,
     "is not one of": setting(capo_mode="on"),
     "the lower bound is above the upper": setting(capo_hessian_low=1.0, capo_hessian_high=-1.0),
     "threshold is NaN": setting(capo_fisher_threshold=math.nan),

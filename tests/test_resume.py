@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from capo_rl import CAPOTrainer
 from capo_rl.trl import ROLLOUTS_FILE, STATE_FILE
 
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
@@ -75,3 +77,37 @@ def test_a_checkpoint_of_another_step_model_is_refused(build, tmp_path):
     build(max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="another step model"):
         build(max_steps=2, capo_step="sgd").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+class Notes(CAPOTrainer):
+    """Its rollouts have lists, as those with images do, whose lengths tell which image is whose."""
+
+    note: ClassVar[Any] = ["one", 2, None]
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return output | {"notes": [[i, self.note] for i in range(len(inputs))]}
+
+    def _compute_loss(self, model, inputs):
+        self.seen = [*getattr(self, "seen", []), inputs["notes"]]
+        return super()._compute_loss(model, inputs)
+
+
+def test_lists_among_the_rollouts_come_back(build, tmp_path):
+    settings = {"num_iterations": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, **SOME}
+    whole = build(Notes, **settings)
+    whole.train()
+    resumed = build(Notes, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert len(whole.seen) == 8
+    assert resumed.seen == whole.seen[6:]
+
+
+def test_rollouts_that_a_checkpoint_cannot_hold_are_named(build, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Notes, "note", {1, 2})
+    settings = {"num_iterations": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 3, **SOME}
+    build(Notes, **settings).train()
+    assert "still to be trained on have notes, which a checkpoint can't hold" in caplog.text
+    resumed = build(Notes, **settings | {"max_steps": 4})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert resumed.state.global_step == 4  # with completions that were generated anew

@@ -583,26 +583,6 @@ def test_buffered_inputs_are_not_changed(build):
     assert shapes == [[1, 1], [1, 1]]
 
 
-def test_rewards_that_raise_or_are_nan_leave_the_completion_out_and_are_counted(build):
-    def broken(completions, **kwargs):
-        if any(text.startswith("w1") for text in completions):
-            raise ZeroDivisionError
-        return [math.nan if text.startswith("w2") else 1.0 for text in completions]
-
-    trainer = build(rewards=broken, max_steps=3)
-    seen = []
-    select = trainer._select
-    trainer._select = lambda model, inputs, *rest: (seen.append(inputs), select(model, inputs, *rest))[1]
-    entries = logs(trainer)
-    texts = [trainer.processing_class.decode(ids[0]) for inputs in seen for ids in inputs["completion_ids"]]
-    missing = [text.startswith(("w1", "w2")) for text in texts]
-    assert 0 < sum(missing) < len(missing)
-    assert sum(entry["capo/rewards_missing"] for entry in entries) == sum(missing)
-    # what is left has equal rewards, so no completion has an advantage
-    assert all(not inputs["advantages"].any() for inputs in seen)
-    assert all(entry["reward"] == 1.0 for entry in entries)
-
-
 # ---- what must raise ---------------------------------------------------------------------------------------------
 
 

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from capo_rl.kl_regression import Regression, regress
 from capo_rl.planner import MicroBatch
 from capo_rl.plots import BLUE, GREEN, GREY, ORANGE
+from capo_rl.progress import Progress
 from capo_rl.recipe import Recipe, read_recipe
 from capo_rl.records import written_whole
 from capo_rl.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
@@ -188,7 +188,7 @@ def default_steps(total: int) -> int:
     >>> [default_steps(total) for total in (100, 300, 5000)]
     [7, 9, 50]
     """
-    return min(MOST, max(FEWEST, int(SHARE * total)))
+    return min(MOST, max(FEWEST, int(SHARE * total)), total)
 
 
 class _Watch(TrainerCallback):
@@ -200,24 +200,30 @@ class _Watch(TrainerCallback):
         self.seen: list[Step] = []
         self.tokens: list[MicroBatch] = []
         self.lr = 0.0
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.total = state.max_steps
         self.steps = default_steps(self.total) if self.asked is None else self.asked
-        if not 1 <= self.steps <= self.total:
-            raise CalibrationError(f"--steps {self.steps}: the run has {self.total} steps; give 1 to {self.total}")
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=self.steps, desc="calibrate", unit="step", dynamic_ncols=True, disable=args.disable_tqdm
+        fewest = FEWEST if args.capo_step == "adam" else FEWEST - 1  # Adam's first does not count
+        if self.total < fewest:
+            raise CalibrationError(
+                f"the run has {self.total} steps, and thresholds take at least {fewest}: give a larger --max_steps"
             )
+        if not fewest <= self.steps <= self.total:
+            raise CalibrationError(
+                f"--steps {self.steps}: thresholds take at least {fewest}, and the run has {self.total}; give {fewest} "
+                f"to {self.total}"
+            )
+        if state.is_world_process_zero:
+            self.progress = Progress(self.steps, "calibrate", "step", shown=not args.disable_tqdm)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.tokens, self.lr = self.trainer.planner.micro_batches, self.trainer.planner.step.lr
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update()
+        if self.progress is not None:
+            self.progress.update(state.global_step)
         control.should_training_stop |= state.global_step >= self.steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -232,8 +238,8 @@ class _Watch(TrainerCallback):
         self.tokens = []
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress is not None:
+            self.progress.close()
 
 
 def at_scale(tokens: Sequence[MicroBatch], scale: float, fisher: str = "sampled") -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ from capo_rl.trl import CAPOTrainer
 
 MANIFEST = "manifest.json"
 ASIDE = ".unfinished"
-STOPPED = 128 + signal.SIGTERM  # the exit status of a run that was told to stop, as shells give it
+_TELLING = (signal.SIGTERM, signal.SIGINT)
 
 
 class CheckpointError(RunFolderError):
@@ -69,32 +69,39 @@ class WholeCheckpoints(CAPOTrainer):
 
 
 class StopWhenTold(TrainerCallback):
-    """On SIGTERM: finish the step, write a checkpoint, end training; on a second one, die at once.
+    """On SIGTERM or Ctrl-C: finish the step, write a checkpoint, end training; on a second one, die at once.
 
     Of several processes one may be told a step before the others, so they agree after each step.
     """
 
     def __init__(self) -> None:
-        self.told = False
-        self._before: Any = signal.SIG_DFL
+        self.told = 0  # by which signal
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that was told to stop, as shells give it."""
+        return 128 + self.told
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._tell)
+        self._before = {number: signal.signal(number, self._tell) for number in _TELLING}
 
     def _tell(self, number: int, frame: Any) -> None:
-        self.told = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.told = number
+        for each in _TELLING:
+            signal.signal(each, signal.SIG_DFL)
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
-            told = torch.tensor(float(self.told), device=args.device)
+            told = torch.tensor(self.told, device=args.device)
             torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.told = bool(told)
+            self.told = int(told)
         if self.told:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 class FiniteWeights(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from capo_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="capo",
         description="Curvature-Aware Policy Optimization: RL post-training that leaves out the tokens that would break "
@@ -137,12 +138,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _mendable() as error:
         print(f"capo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
+        print("capo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 
 def _train(options: argparse.Namespace) -> None:
     # What libraries say to one another about their next versions is not for someone who watches a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
+
+    from capo_rl.recipe_file import check_there
+
+    check_there(options.recipe)
 
     from capo_rl.recipe import read_recipe
 
@@ -159,6 +167,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
     from pathlib import Path
+
+    from capo_rl.recipe_file import check_there
+
+    check_there(options.recipe)
 
     from capo_rl.calibrate import calibrate
 
@@ -366,7 +378,7 @@ def _interval(low: float, high: float, sign: str = "") -> str:
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {
-        "capo_rl.recipe": "RecipeError",
+        "capo_rl.recipe_file": "RecipeError",
         "capo_rl.calibrate": "CalibrationError",
         "capo_rl.data": "DataError",
         "capo_rl.models": "ModelError",

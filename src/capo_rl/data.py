@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from capo_rl.grading import Grader
 
 COLUMNS = ("problem", "answer")
+# Columns that TRL reads (images), keeps from reward functions, or passes something of its own by the name of.
+RESERVED = (
+    *("prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"),
+    *("environments", "trainer_state", "log_extra", "log_metric"),
+)
+
+logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -136,6 +144,7 @@ def as_prompts(
 ) -> datasets.Dataset:
     r"""The dataset with a `prompt` column for TRL, and without `solution`, which no reward may see.
 
+    Columns by a name that TRL reserves are left out, with a warning.
     `suffix` follows each problem, say `"\nPut the answer in \\boxed{}."`; a plain prompt starts with the
     system prompt and an empty line.
 
@@ -150,7 +159,10 @@ def as_prompts(
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         return [*system, {"role": "user", "content": problem + suffix}]
 
-    dataset = dataset.remove_columns([c for c in ("prompt", "solution") if c in dataset.column_names])
+    if reserved := [column for column in dataset.column_names if column in RESERVED and column != "prompt"]:
+        logger.warning("the data's columns %s are left out: TRL uses these names itself", _listed(reserved))
+    unwanted = {"prompt", "solution", *reserved}
+    dataset = dataset.remove_columns([column for column in dataset.column_names if column in unwanted])
     return dataset.add_column("prompt", [prompt(problem) for problem in dataset["problem"]])
 
 

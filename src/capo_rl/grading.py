@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import json
 import logging
 import math
@@ -175,7 +174,8 @@ class Grader:
 def _shown(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
     from tqdm.auto import tqdm
 
-    return tqdm(items, total=total, desc=what, leave=False)
+    # None: only on a terminal
+    return tqdm(items, total=total, desc=what, leave=False, disable=None if total else True)
 
 
 class _Worker:
@@ -305,77 +305,3 @@ def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
         return completion
     content = completion[-1].get("content") if completion else None
     return content if isinstance(content, str) else ""
-
-
-class Guarded:
-    """A reward function whose failures are `None` instead of the end of the run; `missing` counts them."""
-
-    __name__: str
-
-    def __init__(self, reward_func: Callable[..., Sequence[Any]]) -> None:
-        functools.update_wrapper(self, reward_func)
-        self.missing = 0
-        self._reward_func = reward_func
-        self._warned = False
-
-    def __call__(self, completions: Sequence[Any], **kwargs: Any) -> list[Any]:
-        try:
-            rewards = self._rewards(completions, kwargs)
-        except Exception as error:
-            self._warn(error)
-            rewards = [self._alone(i, completions, kwargs) for i in range(len(completions))]
-        return [self._finite(reward) for reward in rewards]
-
-    def _rewards(self, completions: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        rewards = list(self._reward_func(completions=completions, **kwargs))
-        if len(rewards) != len(completions):
-            raise ValueError(f"{len(rewards)} rewards for {len(completions)} completions")
-        return rewards
-
-    def _alone(self, i: int, completions: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        n = len(completions)
-        one = {k: [v[i]] if isinstance(v, list) and len(v) == n else v for k, v in kwargs.items()}
-        try:
-            return self._rewards([completions[i]], one)[0]
-        except Exception:
-            return math.nan  # counted with the rewards that are not numbers
-
-    def _finite(self, reward: Any) -> Any:
-        if reward is None:
-            return None
-        try:
-            if math.isfinite(reward):
-                return reward
-        except (TypeError, ValueError, OverflowError) as error:
-            self._warn(error)
-        self.missing += 1
-        return None
-
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "reward function %s failed and will be left out where it does: %s: %s",
-                self.__name__,
-                type(error).__name__,
-                error,
-            )
-
-
-def guarded(reward_func: Callable[..., Sequence[Any]]) -> Guarded:
-    """Wrap a reward function: where it raises on a batch, each completion is scored alone.
-
-    A completion that still raises, or whose reward is NaN, infinite or no number, gets `None` and is counted
-    in `.missing`; the first exception is logged. Everything else passes through unchanged.
-
-    Raises `TypeError` for an async function: its exceptions come when TRL awaits it, out of reach here.
-
-    >>> def inverse(completions, **kwargs):
-    ...     return [1 / len(completion) for completion in completions]
-    >>> reward = guarded(inverse)
-    >>> reward(completions=["ab", ""]), reward.missing, reward.__name__
-    ([0.5, None], 1, 'inverse')
-    """
-    if inspect.iscoroutinefunction(reward_func):
-        raise TypeError(f"{reward_func.__name__} is async: guarded() wraps plain functions only")
-    return Guarded(reward_func)

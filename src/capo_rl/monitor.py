@@ -49,5 +49,7 @@ class MonitorCallback(TrainerCallback):
         args.kl_budget, args.changes_the_run = None, False
         check_capo(args)
         own = type(trainer)
-        trainer.__class__ = type(own.__name__, (CAPOTrainer, own), {"_name": own._name})
+        trainer.__class__ = type(
+            own.__name__, (CAPOTrainer, own), {"_name": own._name, "create_model_card": own.create_model_card}
+        )
         trainer._watch()

@@ -9,10 +9,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from capo_rl.config import CAPOConfig
-
-
-class RecipeError(ValueError):
-    """A recipe or an option on the command line that can't be used; the message names the field and the fix."""
+from capo_rl.recipe_file import RecipeError, check_there
 
 
 @dataclass
@@ -90,15 +87,9 @@ def settings(recipe: Recipe) -> dict[str, object]:
 
 
 def _mapping(path: str) -> dict[str, object]:
-    file = Path(path)
+    check_there(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        folder = file.parent if file.parent.is_dir() else Path("recipes")
-        recipes = {str(each): each.name for each in sorted(folder.glob("*.yaml"))}
-        near = difflib.get_close_matches(file.name, recipes.values(), n=1, cutoff=0.7)
-        hint = f"; did you mean {folder / near[0]}?" if near else "; give the path of a YAML file"
-        raise RecipeError(f"{path}: no such file{hint}") from None
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read ({error}); give the path of a YAML file") from None
     except yaml.YAMLError as error:

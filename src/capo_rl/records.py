@@ -5,13 +5,17 @@ metrics.jsonl   one JSON object a logged step (docs/metrics.md)
 summary.json    written when the run is over
 tokens/         with capo_tokens_every: what each token of a step got (`tokens`)
 curves.png
+README.md       the model card
+.lock           held while a process trains here, and whose it is
 checkpoint-N/   weights, optimizer, step model, random states
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -22,38 +26,76 @@ from typing import Any
 
 Metrics = list[dict[str, Any]]
 
+LOCK = ".lock"  # whose run this is; it means nothing when that process is gone
 _LIBRARIES = ("capo-rl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify")
+
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolderError(ValueError):
     """An output folder that this run can't use; the message names the reason and the fix."""
 
 
-def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> None:
+def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
     """Whether a run with these settings may start, or go on, in this folder; writes nothing.
 
-    Raises `RunFolderError` for a folder that holds a run with other settings, or other things.
+    Returns the `max_steps` of a run that is the same but shorter, which they make longer, else None. Raises
+    `RunFolderError` for a folder that holds a run with other settings, or other things.
     """
     folder = Path(folder)
     # through JSON and back, as the settings of the earlier run went
     asked = json.loads(_json(settings))
-    if not folder.exists() or not any(folder.iterdir()):
-        return
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
+        return None
     try:
         there = json.loads((folder / "run.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         raise RunFolderError(f"output_dir={folder}: not empty, and not a run of capo; choose another") from None
-    if there != asked:
-        other = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
-        raise RunFolderError(
-            f"output_dir={folder}: holds a run with other settings ({', '.join(other)}); choose another folder, or "
-            "remove this one"
-        )
+    if there == asked:
+        return None
+    other = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
+    if other == ["max_steps"] and 0 < there.get("max_steps", -1) < asked.get("max_steps", -1):
+        return there["max_steps"]
+    raise RunFolderError(
+        f"output_dir={folder}: holds a run with other settings ({', '.join(other)}); choose another folder, or "
+        "remove this one. Only a larger max_steps may differ, and makes the run longer"
+    )
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from training in the folder; the system ends that with this process, however it ends.
+
+    Raises `RunFolderError`, naming the process that has it, or for a folder that can't be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"output_dir={folder}: can't be written to ({error}); give another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunFolderError(
+                f"output_dir={folder}: {holder} is training in it; wait for that one or stop it, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.warning("%s: can't be locked (%s), so see that only one run writes to it", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def start_run(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """Write down what was asked for, and with which libraries it is run."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "summary.json").unlink(missing_ok=True)  # of a run that is made longer
     write_json(Path(folder) / "run.json", {"settings": settings, "versions": versions()})
 
 
@@ -86,7 +128,10 @@ def read_metrics(folder: str | Path) -> Metrics:
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise RunFolderError(f"{path}: no such file; give the folder of a run")
-    return [entry for entry in _entries(path) if "reward" in entry]
+    steps = [entry for entry in _entries(path) if "reward" in entry]
+    if not steps:
+        raise RunFolderError(f"{path}: no training step is logged in it; train first (with logging_strategy: steps)")
+    return steps
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -6,12 +6,12 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from datasets import Dataset, disable_progress_bars
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,16 +23,20 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from trl import get_peft_config
 
-from capo_rl.checkpoints import ASIDE, STOPPED, FiniteWeights, StopWhenTold, WholeCheckpoints, resume_point
+from capo_rl.checkpoints import ASIDE, FiniteWeights, StopWhenTold, WholeCheckpoints, resume_point
+from capo_rl.config import CAPOConfig
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
 from capo_rl.plots import draw_run
+from capo_rl.progress import Progress
 from capo_rl.recipe import Recipe, RecipeError, settings
 from capo_rl.records import (
+    RunFolderError,
     check_folder,
     read_metrics,
     rewind_metrics,
+    sole_writer,
     start_run,
     summarize,
     versions,
@@ -47,18 +51,51 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> dict[str, Any]:
     """Run a recipe, or go on with it from its last checkpoint, and return its summary.
 
-    A run that is over already is not run again. Everything that can be wrong with the recipe, its folder, its last
-    checkpoint and its data is found before the model loads. After SIGTERM the run writes a checkpoint and leaves with
-    `SystemExit` of status 143.
+    A run that is over already is not run again, unless the recipe asks for more steps. Everything that can be wrong
+    with the recipe, its folder, its last checkpoint and its data is found before the model loads. After SIGTERM or
+    Ctrl-C the run writes a checkpoint and leaves with `SystemExit` of status 143 or 130.
     """
     args = recipe.training
     folder, asked = Path(args.output_dir), settings(recipe)
     with args.main_process_first():
-        check_folder(folder, asked)
-    if (folder / "summary.json").exists():
-        logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
-        return summarize(read_metrics(folder))
+        shorter = check_folder(folder, asked)
+    with sole_writer(folder) if args.process_index == 0 else nullcontext():
+        if (folder / "summary.json").exists() and shorter is None:
+            logger.warning(
+                "%s is over already; give a larger max_steps to go on with it, or another output_dir, or remove the "
+                "folder to run it again",
+                folder,
+            )
+            return summarize(read_metrics(folder))
+        return _train(recipe, folder, asked, _resumed(args, folder, shorter))
+
+
+def _resumed(args: CAPOConfig, folder: Path, shorter: int | None) -> str | None:
+    """The checkpoint to go on from, if there is one; a run that is to be longer than it was needs it."""
     checkpoint = resume_point(folder)
+    if shorter is not None:
+        if checkpoint is None and (folder / "metrics.jsonl").exists():
+            raise RunFolderError(
+                f"output_dir={folder}: holds a run of {shorter} steps and no checkpoint, so it can't be made longer; "
+                "give another folder, or remove this one"
+            )
+        schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        if not str(schedule).startswith("constant") and args.process_index == 0:
+            logger.warning(
+                "%s: a run of %d steps goes on to %d: from here its learning rate is that of the %s schedule of %d "
+                "steps, so it jumps, and the run is not what one of %d steps from the start would have been",
+                folder,
+                shorter,
+                args.max_steps,
+                schedule,
+                args.max_steps,
+                args.max_steps,
+            )
+    return checkpoint
+
+
+def _train(recipe: Recipe, folder: Path, asked: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    args = recipe.training
     if args.use_cpu and args.world_size > 1:  # transformers passes ddp_timeout on for other devices only
         torch.distributed.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
 
@@ -79,7 +116,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if stop.told and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
         logger.warning("%s: told to stop; step %d is in its checkpoint, and the same command goes on", folder, step)
-        raise SystemExit(STOPPED)
+        raise SystemExit(stop.status)
     if not trainer.is_world_process_zero():
         return {}
     entries = read_metrics(folder)
@@ -128,6 +165,8 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         processing_class=tokenizer,
         peft_config=get_peft_config(recipe.model),
     )
+    if (name := recipe.model.model_name_or_path) == "embedded" or name.startswith("package:"):
+        trainer.base_model = name
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, dropped
@@ -162,45 +201,44 @@ def _prompts(recipe: Recipe, problems: Dataset, tokenizer: PreTrainedTokenizerBa
 
 
 class Record(TrainerCallback):
-    """Writes metrics.jsonl and shows one line of progress, in place of a dictionary a step."""
+    """Writes metrics.jsonl and shows how far the run is, in place of a dictionary a step."""
 
     def __init__(self, folder: Path) -> None:
         self.metrics = folder / "metrics.jsonl"
-        self.bar: tqdm | None = None
+        self.progress: Progress | None = None
         self.last = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.perf_counter()
         if state.is_world_process_zero:
             rewind_metrics(self.metrics, state.global_step)
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=Path(args.output_dir).name,
-                unit="step",
-                dynamic_ncols=True,
-                disable=args.disable_tqdm,
+            self.progress = Progress(
+                state.max_steps,
+                Path(args.output_dir).name,
+                "step",
+                done=state.global_step,
+                shown=not args.disable_tqdm,
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self.progress is not None and not control.should_log:  # else with what is logged
+            self.progress.update(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and logs:
+        if self.progress is not None and logs:
             now = time.perf_counter()
             entry = {**logs, "step": state.global_step, "seconds": now - self.last}
             self.last = now
             write_metrics(self.metrics, [entry], append=True)
-            self.bar.set_postfix_str(_postfix(logs))
+            self.progress.update(state.global_step, _postfix(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
 
     def close(self) -> None:
         """End the line of progress; a second time does nothing."""
-        if self.bar is not None:
-            self.bar.close()
+        if self.progress is not None:
+            self.progress.close()
 
 
 def _postfix(logs: Mapping[str, float]) -> str:

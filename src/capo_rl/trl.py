@@ -32,14 +32,15 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import get_config_model_id
 
 from capo_rl.config import CAPOConfig
-from capo_rl.grading import guarded
 from capo_rl.head import Head
+from capo_rl.model_card import model_card
 from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
-from capo_rl.records import written_whole
+from capo_rl.records import versions, written_whole
+from capo_rl.rewards import Guarded, guarded
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.telemetry import rank_correlation, synchronise
@@ -73,6 +74,10 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 # The share of a budget above which the KL of no step at all makes the budget meaningless.
 _NOISE = 0.05
+# Batches one after another without any reward that end the run.
+_UNREWARDED = 3
+# What TRL passes to reward functions itself, beside the columns of the data.
+_PASSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
 # Steps undone one after another at which the run says so.
 _UNDONE = 10
 
@@ -91,13 +96,16 @@ class CAPOTrainer(GRPOTrainer):
         off            TRL
 
     In the modes that change the run a step whose gradient is not finite is skipped. In every mode a reward function
-    that raises or returns NaN loses that completion and not the run (`grading.guarded`).
+    that fails on a batch loses that batch and not the run (`rewards.guarded`), unless no completion of three batches in
+    a row has any reward.
 
     Raises `RuntimeError` when the hook does not see what the loss uses: a mask that silently does nothing is worse
     than a crash.
     """
 
     _name = "CAPO"
+    base_model: str | None = None  # as the user named it, where that is not in its config
+    _unrewarded: dict[str, int] | None = None  # batches in a row; a stock trainer that is watched has no such limit
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
         if args is not None and not isinstance(args, CAPOConfig):
@@ -107,11 +115,12 @@ class CAPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
-        if isinstance(reward_funcs, list):
-            reward_funcs = [_guarded(reward) for reward in reward_funcs]
-        elif reward_funcs is not None:
-            reward_funcs = _guarded(reward_funcs)
+        _check_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        # Those that an environment brings among them; a reward model that raises ends the run.
+        given: list[Any] = self.reward_funcs  # type: ignore[has-type]
+        self.reward_funcs = [each if isinstance(each, nn.Module | Guarded) else guarded(each) for each in given]
+        self._unrewarded = {"train": 0, "eval": 0}
         self._watch()
 
     def _watch(self) -> None:
@@ -190,9 +199,24 @@ class CAPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **kwargs)
         self._rewards_per_func = rewards
-        missing = rewards.isnan().all(dim=1).sum().item()
-        self._metrics["train" if self.model.training else "eval"]["capo/rewards_missing"].append(missing)
+        missing = rewards.isnan().all(dim=1)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["capo/rewards_missing"].append(missing.sum().item())
+        if self._unrewarded is not None:
+            self._unrewarded[mode] = self._unrewarded[mode] + 1 if missing.all() else 0
+            if self._unrewarded[mode] == _UNREWARDED:
+                raise RuntimeError(self._no_rewards())
         return rewards
+
+    def _no_rewards(self) -> str:
+        named = zip(self.reward_func_names, self.reward_funcs, strict=True)
+        errors = "; ".join(
+            f"{name}: {getattr(reward, 'error', None) or 'None or NaN for every completion'}" for name, reward in named
+        )
+        return (
+            f"no completion of {_UNREWARDED} batches in a row has a reward, so nothing is trained: {errors}. The "
+            "traceback of a reward function that raised is in the log where it first did; mend it, and go on"
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -665,6 +689,26 @@ class CAPOTrainer(GRPOTrainer):
             # TRL logs the mean since it last logged; of a total that is running the last is meant
             metrics[name] = [value] if name in _TOTALS else [*metrics[name], value]
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write README.md into the run's folder: the model, CAPO and what to cite (`model_card`)."""
+        if not self.is_world_process_zero():
+            return
+        known = get_config_model_id(self.model.config) or "a model"
+        on_hub = self.base_model is None and not Path(known).exists()
+        given = self.base_model or (known if on_hub else Path(known).name)
+        text = model_card(
+            model_name or Path(self.args.output_dir).name,
+            given,
+            self.args.capo_mode,
+            versions(),
+            on_hub=on_hub,
+            dataset=dataset_name,
+            tags=sorted({*self._tag_names, "capo", *([tags] if isinstance(tags, str) else tags or [])}),
+        )
+        Path(self.args.output_dir, "README.md").write_text(text, encoding="utf-8")
+
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -672,17 +716,22 @@ class CAPOTrainer(GRPOTrainer):
         process = self.accelerator.process_index
         # In the middle of a generation batch the rest of it is still to be trained on.
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            rollouts = {
-                f"{i}.{name}": tensor
-                for i, inputs in enumerate(self._buffered_inputs)
-                for name, tensor in inputs.items()
-                if isinstance(tensor, Tensor)
-            }
-            _save(Path(output_dir, ROLLOUTS_FILE.format(process=process)), rollouts, {})
+            parts = {f"{i}.{name}": v for i, inputs in enumerate(self._buffered_inputs) for name, v in inputs.items()}
+            tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
+            others = {name: value for name, value in parts.items() if name not in tensors}
+            if lost := sorted({name.split(".", 1)[1] for name, value in others.items() if not _is_plain(value)}):
+                logger.warning(
+                    "%s: completions that are still to be trained on have %s, which a checkpoint can't hold: a run "
+                    "that goes on from here generates them anew",
+                    output_dir,
+                    ", ".join(lost),
+                )
+            else:
+                _save(Path(output_dir, ROLLOUTS_FILE.format(process=process)), tensors, others)
         if not self.args.should_save:
             return
         # The same in every process, so one of them writes it.
-        tensors: dict[str, Tensor] = {}
+        tensors = {}
         counters: dict[str, Any] = {
             "completions": self._completions,
             "micro_steps": self._step,
@@ -737,10 +786,11 @@ class CAPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, ROLLOUTS_FILE.format(process=self.accelerator.process_index))
         if path.exists():
-            rollouts: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _load(path, self.accelerator.device)[0].items():
+            rollouts: dict[int, dict[str, Any]] = {}
+            tensors, others = _load(path, self.accelerator.device)
+            for name, value in (tensors | others).items():
                 i, key = name.split(".", 1)
-                rollouts.setdefault(int(i), {})[key] = tensor
+                rollouts.setdefault(int(i), {})[key] = value
             self._buffered_inputs = [rollouts[i] for i in sorted(rollouts)]
 
 
@@ -808,6 +858,14 @@ def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str
         return tensors, json.loads(file.metadata()["counters"])
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives the value back as it was."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
+
+
 def _random_state(devices: list[torch.device]) -> list[Tensor]:
     """Where each device's generator stands."""
     return [
@@ -841,11 +899,15 @@ def _mean(values: Tensor) -> float:
     return float(values.double().mean()) if len(values) else math.nan
 
 
-def _guarded(reward: Any) -> Any:
-    """A reward function that fails loses its completion, not the run; models and async functions stay as they are."""
-    if isinstance(reward, str | nn.Module) or is_async_callable(reward):
-        return reward
-    return guarded(reward)
+def _check_columns(*datasets: Any) -> None:
+    """Raises `ValueError` for a column that a reward function would get twice, or not at all."""
+    for dataset in datasets:
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            if taken := [name for name in getattr(part, "column_names", None) or () if name in _PASSED]:
+                raise ValueError(
+                    f"the data has a column `{taken[0]}`, and TRL passes something of its own by that name to reward "
+                    "functions: rename the column, or remove it"
+                )
 
 
 def _logit_scale(causal_lm: Any) -> float:
