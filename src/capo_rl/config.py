@@ -13,7 +13,7 @@ _CHOICES = {
     "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
     "capo_advantage": ("group", "reward"),
     "capo_granularity": ("token", "sequence", "group", "batch"),
-    "capo_step": ("adam", "sgd"),
+    "capo_step": ("auto", "adam", "sgd"),
     "capo_fisher": ("sampled", "expected"),
     "capo_moments": ("float32", "bfloat16"),
     "capo_kl_control": ("learning_rate", "copy", "optimizer"),
@@ -72,9 +72,10 @@ class CAPOConfig(GRPOConfig):
         metadata={"help": "Upper bound on m_H (Eq. 11, Table 4). `inf` or null: no bound."},
     )
     capo_step: str = field(
-        default="adam",
+        default="auto",
         metadata={
-            "help": "The model of the optimizer's step on the last layer (Section 4.1).",
+            "help": "The model of the optimizer's step on the last layer (Section 4.1); `auto`: the optimizer's own. "
+            "Where it is neither, the modes that decide by shifts are refused.",
             "choices": _CHOICES["capo_step"],
         },
     )

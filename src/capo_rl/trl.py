@@ -11,6 +11,7 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -42,6 +43,7 @@ from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
+from capo_rl.step_model import Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import (
@@ -99,7 +101,9 @@ class CAPOTrainer(GRPOTrainer):
 
     _name = "CAPO"
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, *more: Any, **kwargs: Any
+    ) -> None:
         if args is not None and not isinstance(args, CAPOConfig):
             raise TypeError(
                 f"args is a {type(args).__name__}: CAPOTrainer takes a CAPOConfig, which has the same fields"
@@ -111,7 +115,10 @@ class CAPOTrainer(GRPOTrainer):
             reward_funcs = [_guarded(reward) for reward in reward_funcs]
         elif reward_funcs is not None:
             reward_funcs = _guarded(reward_funcs)
-        super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        # By name, since other trainers between this one and GRPOTrainer may take them in no other way.
+        named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, model, None, None, *more).arguments
+        rest = {name: value for name, value in list(named.items())[4:]}
+        super().__init__(model, reward_funcs=reward_funcs, args=args, **rest, **kwargs)
         self._watch()
 
     def _watch(self) -> None:
@@ -127,6 +134,7 @@ class CAPOTrainer(GRPOTrainer):
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._scale = 1.0  # of the coming step's learning rate
         self._lrs: list[float] = []  # the schedule's, while a step is taken at others
+        self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
         self._undone = 0  # steps in a row
@@ -135,11 +143,13 @@ class CAPOTrainer(GRPOTrainer):
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
+        self._check_loss()
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
+            self._fit = self._known_fit()
             self.planner = Planner(
-                _STEPS[args.capo_step](args),
+                _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
                 args.thresholds,
                 temperature=args.temperature,
                 top_k=args.capo_top_k,
@@ -160,6 +170,47 @@ class CAPOTrainer(GRPOTrainer):
             )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+
+    def _check_loss(self) -> None:
+        """A mask is written into the advantages, one a token, which only GRPOTrainer's own loss is known to read."""
+        classes = type(self).__mro__
+        loss = next(each for each in classes[classes.index(CAPOTrainer) + 1 :] if "_compute_loss" in vars(each))
+        if self.args.capo_mode == "mask" and loss is not GRPOTrainer:
+            raise TypeError(
+                f"capo_mode='mask' gives each token its own advantage, and the loss is {loss.__name__}'s, which may take "
+                "one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave advantages alone"
+            )
+
+    def _known_fit(self) -> Fit:
+        """Which step model fits, as far as it is known before the optimizer is made."""
+        if self.optimizer is not None:
+            return fit_of_optimizer(self.optimizer)
+        if self.optimizer_cls_and_kwargs is not None:
+            return fit_of_class(*self.optimizer_cls_and_kwargs)
+        return fit_of_name(self.args.optim, self.args.optim_args)
+
+    def _follow_optimizer(self) -> None:
+        """Take the constants of the step model from the optimizer as it was made, and see that it is what it was to be."""
+        assert self.planner is not None
+        args, step, optimizer = self.args, self.planner.step, self._optimizer()
+        if self.is_deepspeed_enabled:
+            return  # its optimizer is a wrapper of its own kind
+        fit = fit_of_optimizer(optimizer)
+        if fit.model != self._fit.model:  # made by a subclass
+            self._fit = fit
+            if not isinstance(step, type(_STEPS[choose(args.capo_step, args.capo_mode, fit)](args))):
+                raise ValueError(
+                    f"the optimizer is {fit.name} and optim={getattr(args.optim, 'value', args.optim)!r}, by which "
+                    f"capo_step='auto' chose: set capo_step={fit.model or 'adam'!r}"
+                )
+        at = group_of(optimizer, self._causal_lm(self.model).get_output_embeddings().weight)
+        first, own = (optimizer.param_groups[i] for i in (0, at))
+        if at and first.get("initial_lr"):
+            self._lr_ratio = own["initial_lr"] / first["initial_lr"]
+        if isinstance(step, AdamStep) and fit.model == "adam":
+            step.betas, step.eps = tuple(map(float, own["betas"])), float(own["eps"])
+            if self.planner.share is not None:
+                self.planner.share.beta2 = step.betas[1]
 
     def _control(self, budget: float) -> Backtracking | Steering:
         """What keeps the budget."""
@@ -263,7 +314,7 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         advantages = inputs["advantages"]
         advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate() * self._scale
+        self.planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
         planned = self.planner.plan(
             hidden[mask],
             self._head(model),
@@ -433,6 +484,11 @@ class CAPOTrainer(GRPOTrainer):
         """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
         planner = self.planner
         assert planner is not None
+        if not planner.micro_batches:
+            raise RuntimeError(
+                f"{type(self).__name__}'s loss went around CAPOTrainer's, so no token was looked at: call "
+                "`super()._compute_loss`, or use capo_mode='off'"
+            )
         finite = self._gradient_is_finite()
         changes = self.args.changes_the_run
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
@@ -503,6 +559,7 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         if self._recomputes:
             check_recomputable(self._optimizer())
+        self._follow_optimizer()
         self.planner.clear()
         self._forwards.clear()
         self._rollouts.clear()
