@@ -73,6 +73,8 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
+# How much of a token's gradient may, by rounding, not be that of its own advantage.
+_OWN_ADVANTAGE = 0.05
 # The share of a budget above which the KL of no step at all makes the budget meaningless.
 _NOISE = 0.05
 # Steps undone one after another at which the run says so.
@@ -326,10 +328,13 @@ class CAPOTrainer(GRPOTrainer):
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
         masked = self.args.capo_mode == "mask"
+        gradients: dict[str, Tensor] = {}
 
         def watch_written(gradient: Tensor) -> None:
             own = planned.advantages.where(~planned.shifts.nonfinite, 0)
             planned.whole = -own * gradient[mask] / self._loss_scale()
+            gradients["advantage"] = (written.detach() * gradient)[mask]
+            self._check_own_advantages(**gradients)
 
         if masked:
             keep = mask.clone()
@@ -338,9 +343,8 @@ class CAPOTrainer(GRPOTrainer):
             advantages[mask] = planned.used
             written = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
             inputs["advantages"] = written
-            if self.planner.share is not None:
-                # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
-                written.requires_grad_().register_hook(watch_written)
+            # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
+            written.requires_grad_().register_hook(watch_written)
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
@@ -351,8 +355,24 @@ class CAPOTrainer(GRPOTrainer):
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
                 )
+            if masked:
+                gradients["log_prob"] = gradient[mask]
+                self._check_own_advantages(**gradients)
 
         logps.register_hook(watch)
+
+    def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
+        """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
+        each sequence would: where a ratio is not clipped, A ∂L/∂A and ∂L/∂log π(a) are the same."""
+        if advantage is None or log_prob is None or self.beta != 0.0 or self.importance_sampling_level != "token":
+            return
+        moved = (log_prob != 0) & advantage.isfinite() & log_prob.isfinite()
+        difference = (advantage - log_prob)[moved].norm()
+        if difference > _OWN_ADVANTAGE * log_prob[moved].norm():
+            raise RuntimeError(
+                "a token's gradient is not that of its own advantage, so the loss did not read the advantages CAPO "
+                "wrote as one a token: use a loss that does, or capo_mode='trust_region', which writes none"
+            )
 
     def _subsets(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
         """Each token's subset number for the configured granularity, or None for tokens on their own."""
