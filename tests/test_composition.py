@@ -23,7 +23,9 @@ OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_h
 
 @pytest.mark.parametrize("settings", [{}, {"capo_share": True}, {"capo_soft": True}, {"capo_penalty": 1.0}], ids=str)
 def test_a_foreign_loss_is_refused_where_advantages_are_written(build, settings):
-    with pytest.raises(TypeError, match="and the loss is GMPOTrainer's, which may take one for a sequence: use capo_mode="):
+    with pytest.raises(
+        TypeError, match="and the loss is GMPOTrainer's, which may take one for a sequence: use capo_mode="
+    ):
         build(Both, capo_mode="mask", **SQUARE, **settings)
 
 

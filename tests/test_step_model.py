@@ -6,10 +6,9 @@ import logging
 
 import pytest
 import torch
-from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from capo_rl import CAPOConfig, CAPOTrainer
+from capo_rl import CAPOTrainer
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.step_model import fit_of_class, fit_of_name, fit_of_optimizer
 from conftest import make_model
@@ -52,7 +51,9 @@ def test_momentum_and_amsgrad_are_seen():
     assert fit_of_class(torch.optim.AdamW, {"amsgrad": True}).without is not None
 
 
-@pytest.mark.parametrize(("optim", "step"), [("adamw_torch_fused", AdamStep), ("adamw_torch", AdamStep), ("sgd", SGDStep)])
+@pytest.mark.parametrize(
+    ("optim", "step"), [("adamw_torch_fused", AdamStep), ("adamw_torch", AdamStep), ("sgd", SGDStep)]
+)
 @pytest.mark.parametrize("mode", ["mask", "monitor", "trust_region"])
 def test_the_optimizers_own_is_the_default(build, caplog, optim, step, mode):
     with caplog.at_level(logging.WARNING):
@@ -153,5 +154,3 @@ def test_constants_and_learning_rate_are_those_of_the_heads_own_group(build):
     torch.testing.assert_close(step.moments(rows)[1], state["exp_avg_sq"][rows], rtol=1e-3, atol=1e-9)
     for entry in [entry for entry in trainer.state.log_history if "capo/kl/measured" in entry]:
         assert entry["capo/kl/predicted"] == pytest.approx(entry["capo/kl/measured"], rel=0.05)
-
-

@@ -1,11 +1,15 @@
 """CAPO's own settings on top of TRL's: new fields only, with the paper's defaults (Tables 2 and 4)."""
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
+import functools
+import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from capo_rl.fields import wrong_type
 from capo_rl.selection import Thresholds
 from capo_rl.trust_region import KL_BUDGET
 
@@ -196,12 +200,33 @@ class CAPOConfig(GRPOConfig):
         super().__post_init__()
 
 
+@functools.cache
+def _own_types() -> dict[str, Any]:
+    hints = typing.get_type_hints(CAPOConfig)
+    return {name: hint for name, hint in hints.items() if name.startswith("capo_")}
+
+
 def check_capo(config: Any) -> None:
     """Raises `ValueError` for settings of CAPO's that contradict one another or TRL's, naming the field and the fix."""
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
-    _ = config.thresholds  # refuses negative or swapped bounds
+    for name, hint in _own_types().items():
+        if (wrong := wrong_type(getattr(config, name), hint)) is not None:
+            raise ValueError(f"{name}={getattr(config, name)!r} {wrong}")
+    low, high = config.capo_hessian_low, config.capo_hessian_high
+    for name in ("capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high"):
+        if (bound := getattr(config, name)) is not None and math.isnan(bound):
+            raise ValueError(f"{name} is NaN: give a number, or null for no bound")
+    if config.capo_fisher_threshold is not None and not config.capo_fisher_threshold > 0:
+        raise ValueError(
+            f"capo_fisher_threshold={config.capo_fisher_threshold} must be above 0, or null for no bound: a policy shift "
+            "is never negative, and zero only where a token has no advantage, so this rejects every token"
+        )
+    if low is not None and high is not None and low > high:
+        raise ValueError(
+            f"capo_hessian_low={low} and capo_hessian_high={high}: the lower bound is above the upper; swap them"
+        )
     if config.capo_top_k is not None and config.capo_top_k < 1:
         raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
     if not 0 <= config.capo_max_missing_mass <= 1:
@@ -223,6 +248,11 @@ def check_capo(config: Any) -> None:
     if config.capo_penalty is not None and not config.capo_penalty > 0:
         raise ValueError(f"capo_penalty={config.capo_penalty} must be above 0, or null for a mask")
     if config.capo_soft or config.capo_penalty is not None:
+        if config.capo_mode in ("trust_region", "shorten"):
+            raise ValueError(
+                f"capo_soft and capo_penalty take the mask's place, and capo_mode={config.capo_mode!r} has none: use "
+                "capo_mode='mask'"
+            )
         if config.capo_soft and config.capo_penalty is not None:
             raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
         if config.capo_granularity != "token":

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 import difflib
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from capo_rl.config import CAPOConfig
+from capo_rl.fields import check_fields, check_types
+from capo_rl.strict_yaml import load_yaml
 
 
 class RecipeError(ValueError):
@@ -57,19 +60,24 @@ def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; `overrides` are options as on the command line, `["--learning_rate", "1e-5"]`.
 
     Raises `RecipeError` for a file that is missing or no mapping, a field that does not exist (naming the nearest one
-    that does), and values that contradict one another.
+    that does), one that would be ignored (`fields`), and values of another type, out of range, or that contradict one
+    another.
     """
     overrides = list(overrides or [])
     parser = TrlParser(_SECTIONS, prog=f"capo train {path}", usage="%(prog)s [--FIELD VALUE ...]", allow_abbrev=False)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    for name in _mapping(path):
+    content = _mapping(path)
+    for name in content:
         if name != "env":
             _check_field(str(name), known, place=path)
     for option in overrides:
         if option.startswith("--"):
             _check_field(option[2:].split("=")[0], known, place="on the command line")
     try:
+        for section in _SECTIONS:
+            check_types(content, typing.get_type_hints(section))
         data, model, training = parser.parse_args_and_config(["--config", path, *overrides])
+        check_fields((data, model, training))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not model.model_name_or_path:
@@ -92,7 +100,7 @@ def settings(recipe: Recipe) -> dict[str, object]:
 def _mapping(path: str) -> dict[str, object]:
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         folder = file.parent if file.parent.is_dir() else Path("recipes")
         recipes = {str(each): each.name for each in sorted(folder.glob("*.yaml"))}
@@ -103,6 +111,8 @@ def _mapping(path: str) -> dict[str, object]:
         raise RecipeError(f"{path}: can't be read ({error}); give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if content is None:
+        raise RecipeError(f"{path}: empty; write one `field: value` a line, as in recipes/quickstart.yaml")
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a YAML {type(content).__name__}; write one `field: value` a line")
     return content

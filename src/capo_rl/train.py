@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,7 +24,16 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from trl import get_peft_config
 
-from capo_rl.checkpoints import ASIDE, STOPPED, FiniteWeights, StopWhenTold, WholeCheckpoints, resume_point
+from capo_rl.checkpoints import (
+    ASIDE,
+    STOPPED,
+    FiniteWeights,
+    StopWhenTold,
+    WholeCheckpoints,
+    asked_point,
+    check_resumable,
+    resume_point,
+)
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
@@ -59,6 +69,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         logger.warning("%s is over already; to run it again, remove the folder or give another output_dir", folder)
         return summarize(read_metrics(folder))
     checkpoint = resume_point(folder)
+    if checkpoint is None and args.resume_from_checkpoint is not None:
+        checkpoint = asked_point(args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(checkpoint)
     if args.use_cpu and args.world_size > 1:  # transformers passes ddp_timeout on for other devices only
         torch.distributed.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
 
@@ -105,6 +119,17 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
             f"beta={args.beta}: the KL term loads the model a second time, which does not work from GGUF; "
             "convert it to safetensors, or set beta: 0.0"
         )
+    if recipe.model.model_revision != "main":
+        if os.path.isdir(source.name):
+            raise RecipeError(
+                f"model_revision={recipe.model.model_revision!r} would be ignored: {recipe.model.model_name_or_path} is "
+                "here, and only a hub id has revisions; leave it out"
+            )
+        if args.beta > 0 and not recipe.model.use_peft:
+            raise RecipeError(
+                f"beta={args.beta}: the KL term loads the model a second time, at its main revision and not at "
+                f"model_revision={recipe.model.model_revision!r}; set beta: 0.0, or give a folder with that revision"
+            )
     problems = load_problems(
         recipe.data.dataset_name,
         config=recipe.data.dataset_config,
@@ -112,7 +137,7 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         limit=recipe.data.dataset_limit,
         seed=args.seed,
     )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, revision=recipe.model.model_revision)
     prompts, dropped = _prompts(recipe, problems, tokenizer)
     model: PreTrainedModel = load_model(
         source,
