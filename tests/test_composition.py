@@ -115,7 +115,7 @@ def test_arguments_are_grpotrainers_by_place_too(tmp_path, trainer):
     args = CAPOConfig(str(tmp_path), **SETTINGS)
     made = trainer(make_model(), wants_even_words, args, prompts(8), None, make_tokenizer())
     assert len(made.train_dataset) == 8
-    with pytest.raises(TypeError, match="multiple values for .*train_dataset"):
+    with pytest.raises(TypeError, match=r"multiple values for .*train_dataset"):
         trainer(make_model(), wants_even_words, args, prompts(8), train_dataset=prompts(8))
     with pytest.raises(TypeError, match="too many positional arguments"):
         trainer(make_model(), wants_even_words, args, *[None] * 20)

@@ -100,8 +100,7 @@ def test_all_of_the_papers_recipes_are_checked():
 def test_the_command_line_overrides_any_field():
     recipe = read_recipe(
         QUICKSTART,
-        ["--learning_rate", "1e-3", "--capo_fisher_threshold=inf", "--dataset_limit", "7", "--lora_r", "4"]
-        + ["--use_peft", "true"],
+        ["--learning_rate", "1e-3", "--capo_fisher_threshold=inf", "--dataset_limit=7", "--use_peft=1", "--lora_r=4"],
     )
     assert recipe.training.learning_rate == 1e-3
     assert recipe.training.thresholds.fisher == math.inf

@@ -111,7 +111,7 @@ def test_an_optimizer_that_a_subclass_makes_is_looked_at_when_it_is_made(build):
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.args.learning_rate)
             return self.optimizer
 
-    with pytest.raises(ValueError, match="the optimizer is SGD and optim='adamw_torch_fused'.*set capo_step='sgd'"):
+    with pytest.raises(ValueError, match=r"the optimizer is SGD and optim='adamw_torch_fused'.*set capo_step='sgd'"):
         build(Mine, **SOME).train()
     build(Mine, capo_step="sgd", **SOME).train()
 

@@ -149,8 +149,8 @@ def asked_point(checkpoint: str) -> str:
     """
     if not Path(checkpoint).is_dir():
         raise CheckpointError(
-            f"resume_from_checkpoint={checkpoint}: no such folder; give a checkpoint-N of a run, or leave it out: a run "
-            "goes on by itself from the newest in its output_dir"
+            f"resume_from_checkpoint={checkpoint}: no such folder; give a checkpoint-N of a run, or leave it out: a "
+            "run goes on by itself from the newest in its output_dir"
         )
     if (damage := damage_of(Path(checkpoint))) is not None:
         raise CheckpointError(f"resume_from_checkpoint={checkpoint}: {damage}; give another checkpoint")
@@ -161,8 +161,8 @@ def check_resumable(checkpoint: str) -> None:
     """Raises `CheckpointError` for a checkpoint that has weights and nothing else."""
     if not Path(checkpoint, STATE_FILE).exists():
         raise CheckpointError(
-            f"{checkpoint} was written with save_only_model: true and has no optimizer, so no run can go on from it; to "
-            "start from its weights give it as model_name_or_path, with another output_dir"
+            f"{checkpoint} was written with save_only_model: true and has no optimizer, so no run can go on from it; "
+            "to start from its weights give it as model_name_or_path, with another output_dir"
         )
 
 

@@ -220,8 +220,8 @@ def check_capo(config: Any) -> None:
             raise ValueError(f"{name} is NaN: give a number, or null for no bound")
     if config.capo_fisher_threshold is not None and not config.capo_fisher_threshold > 0:
         raise ValueError(
-            f"capo_fisher_threshold={config.capo_fisher_threshold} must be above 0, or null for no bound: a policy shift "
-            "is never negative, and zero only where a token has no advantage, so this rejects every token"
+            f"capo_fisher_threshold={config.capo_fisher_threshold} must be above 0, or null for no bound: a policy "
+            "shift is never negative, and zero only where a token has no advantage, so this rejects every token"
         )
     if low is not None and high is not None and low > high:
         raise ValueError(

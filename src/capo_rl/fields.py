@@ -17,8 +17,8 @@ from capo_rl.step_model import fit_of_name
 _EVALUATION = "`capo train` has no evaluation set; measure checkpoints with `capo eval`"
 _HUB = "`capo train` uploads nothing; `hf upload` sends a checkpoint when the run is over"
 _QUANTISED = (
-    "`capo train` trains the weights in `dtype` and quantises nothing; use_peft with dtype: bfloat16 needs less memory, "
-    "and in a script CAPOTrainer takes a model that was loaded quantised"
+    "`capo train` trains the weights in `dtype` and quantises nothing; use_peft with dtype: bfloat16 needs less "
+    "memory, and in a script CAPOTrainer takes a model that was loaded quantised"
 )
 
 # Fields that would be ignored here, whatever else is set, and what to do instead.
@@ -294,7 +294,7 @@ def check_fields(sections: Iterable[Any]) -> None:
     changed: dict[str, Any] = {}
     for section in sections:
         for each in fields(section):
-            default = each.default if each.default is not MISSING else each.default_factory()  # type: ignore[misc]
+            default = each.default if each.default is not MISSING else each.default_factory()  # type: ignore[operator]
             value = vars(section)[each.name]
             given[each.name] = value
             if value != default:

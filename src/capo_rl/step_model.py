@@ -1,4 +1,4 @@
-"""Which model of the step fits the optimizer that trains: Adam's, SGD's, or neither (Section 4.1, "Modeling the Step")."""
+"""Which model of the step fits the optimizer that trains: Adam's, SGD's or neither (Section 4.1)."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
     if recipe.model.model_revision != "main":
         if os.path.isdir(source.name):
             raise RecipeError(
-                f"model_revision={recipe.model.model_revision!r} would be ignored: {recipe.model.model_name_or_path} is "
-                "here, and only a hub id has revisions; leave it out"
+                f"model_revision={recipe.model.model_revision!r} would be ignored: {recipe.model.model_name_or_path} "
+                "is here, and only a hub id has revisions; leave it out"
             )
         if args.beta > 0 and not recipe.model.use_peft:
             raise RecipeError(

@@ -119,7 +119,7 @@ class CAPOTrainer(GRPOTrainer):
             reward_funcs = _guarded(reward_funcs)
         # By name, since other trainers between this one and GRPOTrainer may take them in no other way.
         named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, model, None, None, *more).arguments
-        rest = {name: value for name, value in list(named.items())[4:]}
+        rest = dict(list(named.items())[4:])
         super().__init__(model, reward_funcs=reward_funcs, args=args, **rest, **kwargs)
         self._watch()
 
@@ -179,8 +179,8 @@ class CAPOTrainer(GRPOTrainer):
         loss = next(each for each in classes[classes.index(CAPOTrainer) + 1 :] if "_compute_loss" in vars(each))
         if self.args.capo_mode == "mask" and loss is not GRPOTrainer:
             raise TypeError(
-                f"capo_mode='mask' gives each token its own advantage, and the loss is {loss.__name__}'s, which may take "
-                "one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave advantages alone"
+                f"capo_mode='mask' gives each token its own advantage, and the loss is {loss.__name__}'s, which may "
+                "take one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave advantages alone"
             )
 
     def _known_fit(self) -> Fit:
@@ -192,7 +192,7 @@ class CAPOTrainer(GRPOTrainer):
         return fit_of_name(self.args.optim, self.args.optim_args)
 
     def _follow_optimizer(self) -> None:
-        """Take the constants of the step model from the optimizer as it was made, and see that it is what it was to be."""
+        """Take the step model's constants from the optimizer that was made, and see that it is what it was to be."""
         assert self.planner is not None
         args, step, optimizer = self.args, self.planner.step, self._optimizer()
         if self.is_deepspeed_enabled:
@@ -210,7 +210,8 @@ class CAPOTrainer(GRPOTrainer):
         if at and first.get("initial_lr"):
             self._lr_ratio = own["initial_lr"] / first["initial_lr"]
         if isinstance(step, AdamStep) and fit.model == "adam":
-            step.betas, step.eps = tuple(map(float, own["betas"])), float(own["eps"])
+            step.betas = (float(own["betas"][0]), float(own["betas"][1]))
+            step.eps = float(own["eps"])
             if self.planner.share is not None:
                 self.planner.share.beta2 = step.betas[1]
 
