@@ -54,10 +54,10 @@ ADAPTIVE, LOGGED = {"use_adaptive_entropy": True}, {"log_completions": True}
 OFF_POLICY = {"num_iterations": 2}
 # Values, where flipping a flag or adding one to a number would not do, and what has to be set beside.
 VALUES: dict[str, Any] = {
-    "model_name_or_path": "package:capo-rl", "model_revision": "other", "dtype": "bfloat16", "attn_implementation": "eager",
-    "lora_dropout": 0.5, "lora_target_modules": ["q_proj"], "lora_target_parameters": ["model.layers.0.mlp.up_proj.weight"],
+    "model_name_or_path": str(ROOT / "src" / "capo_rl" / "embedded"), "model_revision": "other", "dtype": "bfloat16", "attn_implementation": "eager",
+    "lora_dropout": 0.5, "lora_target_modules": ["q_proj", "up_proj"], "lora_target_parameters": ["mlp.up_proj.weight"],
     "lora_modules_to_save": ["norm"], "lora_task_type": "SEQ_CLS", "bnb_4bit_quant_type": "fp4",
-    "bnb_4bit_quant_storage": "uint8", "num_train_epochs": 0.5, "max_steps": 3, "learning_rate": 1.0e-2,
+    "bnb_4bit_quant_storage": "uint8", "num_train_epochs": 0.5, "per_device_train_batch_size": 16, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1.0e-2,
     "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "warmup_steps": 1, "optim": "sgd",
     "optim_args": "momentum=0.9", "weight_decay": 0.1, "adam_beta1": 0.5, "adam_beta2": 0.5, "adam_epsilon": 1.0e-3,
     "optim_target_modules": ["q_proj"], "max_grad_norm": 1.0e-3, "label_smoothing_factor": 0.1, "bf16": True,
@@ -106,6 +106,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     **{name: {"report_to": "trackio"} for name in NEEDS if name.startswith("trackio")},
     **{name: {"gradient_checkpointing": True} for name in NEEDS if name.endswith("checkpointing_kwargs")},
     **{name: {"dataloader_num_workers": 1} for name in NEEDS if name.startswith("dataloader")},
+    "lora_target_parameters": LORA | {"lora_dropout": 0.0}, "fsdp_config": {"fsdp": "full_shard"},
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"}, "optim_args": {"optim": "sgd"},
     "optim_target_modules": {"optim": "galore_adamw"}, "liger_kernel_config": {"use_liger_kernel": True},
     "transformers_continuous_batching_config": {"use_transformers_continuous_batching": True},
@@ -115,6 +116,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "ignore_data_skip": {"stop_after": 1}, "restore_callback_states_from_checkpoint": {"stop_after": 1},
     "resume_from_checkpoint": {}, "save_total_limit": {"max_steps": 3},
 }  # fmt: skip
+# Fields that act where one process on a CPU has nothing to do, and where that is in the source.
+ELSEWHERE = {"ddp_timeout": "capo_rl/train.py:train, with several processes"}
 # What the parser itself does with the arguments, which is no use of them.
 _SHOWING = {
     "to_dict",
@@ -196,7 +199,8 @@ def outcome(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         asked = {name: repr(value) for each in (recipe.model, recipe.training) for name, value in vars(each).items()}
         train(recipe)
     except SystemExit as error:
-        return {"error": f"exit {error.code}", "type": "SystemExit"}
+        # of the parser, which names the option
+        return {"error": f"the parser refuses it, with exit status {error.code}", "type": "SystemExit"}
     except Exception as error:
         return {"error": str(error), "type": type(error).__name__, "trace": traceback.format_exc()[-1500:]}
     folders = sorted(Path(recipe.training.output_dir).glob("checkpoint-*"), key=lambda each: each.stat().st_mtime)
@@ -246,7 +250,7 @@ def judge(name: str, value: Any, with_it: dict[str, Any], without: dict[str, Any
         libraries = ("install", "not available", "vLLM", "requires", "kernels")
         clear = with_it["type"] in ("RecipeError", "CheckpointError", "RunFolderError", "ModelError", "ReportError")
         named = name in message or any(word in message for word in libraries)
-        status = "refused" if clear and named else "crashed"
+        status = "refused" if (clear and named) or with_it["type"] == "SystemExit" else "crashed"
         return {"status": status, "message": message[-300:], "type": with_it["type"], "trace": with_it.get("trace")}
     used = [place for place in with_it["reads"].get(name, []) if place != "parser"]
     sets = sorted(
@@ -258,6 +262,7 @@ def judge(name: str, value: Any, with_it: dict[str, Any], without: dict[str, Any
     )
     sets = [other for other in sets if " object at 0x" not in without["asked"][other]]
     changed = [kind for kind in ("weights", "figures", "files") if with_it[kind] != without[kind]]
+    used = used or [ELSEWHERE[name]] if name in ELSEWHERE else used
     status = "works" if used or sets else "ignored"
     return {"status": status, "read by": used[:3], "sets": sets[:4], "changed": changed}
 

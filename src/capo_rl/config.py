@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 import functools
 import math
+import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,6 +196,11 @@ class CAPOConfig(GRPOConfig):
         if self.capo_mode is False:  # how YAML reads a bare `off`
             self.capo_mode = "off"
         check_capo(self)
+        if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one: start them with "
+                "`accelerate launch`, or leave it out"
+            )
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True runs foreign code: set it to false")
         super().__post_init__()

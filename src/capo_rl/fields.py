@@ -144,6 +144,7 @@ NEEDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         ("report_to: trackio", lambda given: "trackio" in (given["report_to"] or [])),
     ),
+    "fsdp_config": ("fsdp (Accelerate has its own file: recipes/accelerate/)", lambda given: bool(given["fsdp"])),
     "liger_kernel_config": _on("use_liger_kernel"),
     "transformers_continuous_batching_config": _on("use_transformers_continuous_batching"),
     **dict.fromkeys(

@@ -78,7 +78,7 @@ def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
             check_types(content, typing.get_type_hints(section))
         data, model, training = parser.parse_args_and_config(["--config", path, *overrides])
         check_fields((data, model, training))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not model.model_name_or_path:
         raise RecipeError(f"{path}: model_name_or_path is missing: give a hub id, a folder, or package:NAME")

@@ -145,14 +145,20 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         attn_implementation=recipe.model.attn_implementation,
         revision=recipe.model.model_revision,
     )
-    trainer = WholeCheckpoints(
-        model=model,
-        reward_funcs=accuracy_reward,
-        args=args,
-        train_dataset=prompts,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(recipe.model),
-    )
+    try:
+        trainer = WholeCheckpoints(
+            model=model,
+            reward_funcs=accuracy_reward,
+            args=args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(recipe.model),
+        )
+        if "layerwise" not in args.optim:  # those are made with hooks on the model
+            trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+        # settings that TRL, transformers or peft refuse, or whose library is missing
+        raise RecipeError(f"{recipe.model.model_name_or_path} can't be trained so: {error}") from error
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer, dropped

@@ -43,7 +43,7 @@ from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import written_whole
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
-from capo_rl.step_model import Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
+from capo_rl.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import (
@@ -146,6 +146,14 @@ class CAPOTrainer(GRPOTrainer):
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
         self._check_loss()
+        entropy = getattr(args, "entropy_coef", 0.0) != 0 or getattr(args, "use_adaptive_entropy", False)
+        if entropy and args.capo_mode in ("monitor", *DECIDING) and self.is_world_process_zero():
+            logger.warning(
+                "%s: the gradient of the entropy bonus does not go through log pi(a), so the step model's moments are "
+                "without it, and m_H, m_F, the share and the predicted KL are those of the rest of the loss "
+                "(docs/algorithm.md); capo_mode='trust_region' measures whole steps",
+                "use_adaptive_entropy" if getattr(args, "use_adaptive_entropy", False) else "entropy_coef",
+            )
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
@@ -180,7 +188,7 @@ class CAPOTrainer(GRPOTrainer):
         if self.args.capo_mode == "mask" and loss is not GRPOTrainer:
             raise TypeError(
                 f"capo_mode='mask' gives each token its own advantage, and the loss is {loss.__name__}'s, which may "
-                "take one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave advantages alone"
+                "take one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave them alone"
             )
 
     def _known_fit(self) -> Fit:
