@@ -110,7 +110,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"}, "optim_args": {"optim": "sgd"},
     "optim_target_modules": {"optim": "galore_adamw"}, "liger_kernel_config": {"use_liger_kernel": True},
     "transformers_continuous_batching_config": {"use_transformers_continuous_batching": True},
-    "num_train_epochs": {"max_steps": -1}, "torch_compile_mode": {"torch_compile_backend": "eager"},
+    "num_train_epochs": {"max_steps": -1},
+    **{name: ADAPTIVE | {"entropy_coef": 0.01, "entropy_target": 50.0} for name in ("entropy_coef_max", "entropy_coef_delta")}, "torch_compile_mode": {"torch_compile_backend": "eager"},
     "generation_batch_size": {"gradient_accumulation_steps": 1},
     # read when a run goes on
     "ignore_data_skip": {"stop_after": 1}, "restore_callback_states_from_checkpoint": {"stop_after": 1},
@@ -243,13 +244,13 @@ def apart(settings: dict[str, Any]) -> dict[str, Any]:
         return json.loads(answer.read_text())
 
 
-def judge(name: str, value: Any, with_it: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
+def judge(name: str, beside: Iterable[str], with_it: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
     """What became of a field."""
     if "error" in with_it:
         message = " ".join(with_it["error"].split())
         libraries = ("install", "not available", "vLLM", "requires", "kernels")
         clear = with_it["type"] in ("RecipeError", "CheckpointError", "RunFolderError", "ModelError", "ReportError")
-        named = name in message or any(word in message for word in libraries)
+        named = any(each in message for each in (name, *beside)) or any(word in message for word in libraries)
         status = "refused" if (clear and named) or with_it["type"] == "SystemExit" else "crashed"
         return {"status": status, "message": message[-300:], "type": with_it["type"], "trace": with_it.get("trace")}
     used = [place for place in with_it["reads"].get(name, []) if place != "parser"]
@@ -282,9 +283,9 @@ def main(names: list[str]) -> None:
             with_it = apart(BASE | beside | {item.name: value})
             if "error" in without and item.name not in NOT_HERE:  # its switch alone fails here: a library is missing
                 without = with_it if "error" not in with_it else without
-            row = {"of": cls.__name__, "value": value, "with": beside} | judge(item.name, value, with_it, without)
+            row = {"of": cls.__name__, "value": value, "with": beside} | judge(item.name, beside, with_it, without)
             if item.name in NEEDS:
-                alone = judge(item.name, value, apart(BASE | {item.name: value}), plain.setdefault("{}", apart(BASE)))
+                alone = judge(item.name, (), apart(BASE | {item.name: value}), plain.setdefault("{}", apart(BASE)))
                 row["alone"] = alone["status"]
             rows[item.name] = row
             print(
@@ -293,6 +294,37 @@ def main(names: list[str]) -> None:
             )
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(rows, indent=1, default=str) + "\n")
+    write_page(rows)
+
+
+def write_page(rows: dict[str, Any]) -> None:
+    """The table of docs/fields.md."""
+    counts = {status: sum(row["status"] == status for row in rows.values()) for status in ("works", "refused")}
+    others = len(rows) - sum(counts.values())
+    lines = [
+        "# Every field of TRL's in a recipe",
+        "",
+        "Written by `scripts/every_field.py`, which sets each field of `ModelConfig` and `GRPOConfig` alone to a value that is",
+        "not its default and runs `capo train`'s own path for two steps of the embedded model, on a CPU, without vLLM, DeepSpeed,",
+        "bitsandbytes and the like. *Works*: code beside the parser reads it, or parsing it sets what such code reads; what came",
+        "out otherwise than without it stands beside. *Refused*: an error that names the field or the missing library, before",
+        "anything is trained. *Alone*: a field that needs another one is refused without it.",
+        "",
+        f"{len(rows)} fields: {counts['works']} work, {counts['refused']} are refused by name, {others} are ignored or crash.",
+        "",
+        "| field | value, and set beside it | | what was seen |",
+        "|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        value = ", ".join([f"`{row['value']}`".replace(str(ROOT) + "/", "")] + [f"`{k}: {v}`" for k, v in row["with"].items()])
+        if row["status"] == "works":
+            seen = f"read by {', '.join(f'`{place}`' for place in row['read by'][:1]) or 'the parser'}"
+            seen += f", sets {', '.join(f'`{other}`' for other in row['sets'][:2])}" if row["sets"] and not row["read by"] else ""
+            seen += f"; other {', '.join(row['changed'])}" if row["changed"] else "; nothing came out otherwise"
+        else:
+            seen = row["message"].split("recipe.yaml: ")[-1].split("can't be trained so: ")[-1].replace("|", "\\|")
+        lines.append(f"| `{name}` | {value} | {row['status']} | {seen}{'; alone refused' if row.get('alone') == 'refused' else ''} |")
+    PAGE.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
