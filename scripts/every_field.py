@@ -7,7 +7,7 @@ Writes results/settings/fields.json and docs/fields.md. What a field is, by this
 
     refused        an error that names the field (or, for a library that is missing, the library), and no traceback
     works          the recipe is accepted, and code beside the parser reads the field, or parsing it sets what such code
-                   reads; `changed` says whether weights, figures or files came out otherwise than without it
+                   reads; `changed` says whether weights or files came out otherwise than without it
     ignored        accepted, and read by nothing
     crashed        anything else
 
@@ -21,10 +21,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -285,7 +285,9 @@ def watch_reads(classes: Iterable[type]) -> dict[str, set[str]]:
         def reading(self: Any, name: str, names: set[str] = names) -> Any:
             if name in names:
                 frame = sys._getframe(1)
-                while frame.f_code.co_filename.endswith("training_args.py") and frame.f_code.co_name in _PROPERTIES:
+                while frame.f_code.co_name in {"reading", "__get__"} or (
+                    frame.f_code.co_filename.endswith("training_args.py") and frame.f_code.co_name in _PROPERTIES
+                ):
                     assert frame.f_back is not None
                     frame = frame.f_back
                 where = frame.f_code.co_name
@@ -330,16 +332,11 @@ def outcome(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
         # of the parser, which names the option
         return {"error": f"the parser refuses it, with exit status {error.code}", "type": "SystemExit"}
     except Exception as error:
-        return {"error": str(error), "type": type(error).__name__, "trace": traceback.format_exc()[-1500:]}
+        return {"error": str(error), "type": type(error).__name__}
     folders = sorted(Path(recipe.training.output_dir).glob("checkpoint-*"), key=lambda each: each.stat().st_mtime)
     weights = [path for each in folders[-1:] for path in sorted(each.glob("*.safetensors")) if "capo" not in path.name]
     result["weights"] = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     result["files"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-    lines = (Path(recipe.training.output_dir) / "metrics.jsonl").read_text().splitlines()
-    result["figures"] = [
-        {name: value for name, value in json.loads(line).items() if "seconds" not in name and "time" not in name}
-        for line in lines
-    ]
     result["reads"] = {name: sorted(places) for name, places in reads.items()}
     return result | {"asked": asked, "said": said}
 
@@ -379,7 +376,8 @@ def judge(name: str, beside: Iterable[str], with_it: dict[str, Any], without: di
         clear = with_it["type"] in ("RecipeError", "CheckpointError", "RunFolderError", "ModelError", "ReportError")
         named = any(each in message for each in (name, *beside)) or any(word in message for word in libraries)
         status = "refused" if (clear and named) or with_it["type"] == "SystemExit" else "crashed"
-        return {"status": status, "message": message[-300:], "type": with_it["type"], "trace": with_it.get("trace")}
+        message = re.sub(r"\S*/recipe\.yaml: |\S*/tmp\S*/", "", message)  # where this run happened to be
+        return {"status": status, "message": message[-300:], "type": with_it["type"]}
     used = [place for place in with_it["reads"].get(name, []) if place != "parser"]
     sets = sorted(
         other
@@ -389,7 +387,7 @@ def judge(name: str, beside: Iterable[str], with_it: dict[str, Any], without: di
         and not other.startswith(("_", "output_dir", "logging_dir"))
     )
     sets = [other for other in sets if " object at 0x" not in without["asked"][other]]
-    changed = [kind for kind in ("weights", "figures", "files") if with_it[kind] != without[kind]]
+    changed = [kind for kind in ("weights", "files") if with_it[kind] != without[kind]]
     used = used or [ELSEWHERE[name]] if name in ELSEWHERE else used
     status = "works" if used or sets else "ignored"
     return {"status": status, "read by": used[:3], "sets": sets[:4], "changed": changed}
@@ -410,7 +408,8 @@ def main(names: list[str]) -> None:
             with_it = apart(BASE | beside | {item.name: value})
             if "error" in without and item.name not in NOT_HERE:  # its switch alone fails here: a library is missing
                 without = with_it if "error" not in with_it else without
-            row = {"of": cls.__name__, "value": value, "with": beside} | judge(item.name, beside, with_it, without)
+            shown = str(value).replace(f"{ROOT}/", "") if isinstance(value, str) else value
+            row = {"of": cls.__name__, "value": shown, "with": beside} | judge(item.name, beside, with_it, without)
             if item.name in NEEDS:
                 alone = judge(item.name, (), apart(BASE | {item.name: value}), plain.setdefault("{}", apart(BASE)))
                 row["alone"] = alone["status"]
@@ -436,10 +435,11 @@ def write_page(rows: dict[str, Any]) -> None:
         "# Every field of TRL's in a recipe",
         "",
         "Written by `scripts/every_field.py`, which sets each field of `ModelConfig` and `GRPOConfig` alone to a value",
-        "that is not its default and runs `capo train`'s own path for two steps of the embedded model, on a CPU, without",
-        "vLLM, DeepSpeed, bitsandbytes and the like. *Works*: code beside the parser reads it, or parsing it sets what such",
-        "code reads; what came out otherwise than without it stands beside. *Refused*: an error that names the field or the",
-        "missing library, before anything is trained. *Alone*: a field that needs another one is refused without it.",
+        "that is not its default and runs `capo train`'s own path for two steps of the embedded model, on a CPU,",
+        "without vLLM, DeepSpeed, bitsandbytes and the like. *Works*: code beside the parser reads it, or parsing it",
+        "sets what such code reads; what came out otherwise than without it stands beside. *Refused*: an error that",
+        "names the field or the missing library, before anything is trained. *Alone*: a field that needs another is",
+        "refused without it.",
         "",
         f"{len(rows)} fields: {counts['works']} work, {counts['refused']} are refused by name, {others} are ignored or "
         "crash.",
@@ -448,9 +448,7 @@ def write_page(rows: dict[str, Any]) -> None:
         "|---|---|---|---|",
     ]
     for name, row in rows.items():
-        value = ", ".join(
-            [f"`{row['value']}`".replace(str(ROOT) + "/", "")] + [f"`{k}: {v}`" for k, v in row["with"].items()]
-        )
+        value = ", ".join([f"`{row['value']}`"] + [f"`{k}: {v}`" for k, v in row["with"].items()])
         if row["status"] == "works":
             seen = f"read by {', '.join(f'`{place}`' for place in row['read by'][:1]) or 'the parser'}"
             seen += (

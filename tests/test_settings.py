@@ -197,6 +197,7 @@ def test_going_on_without_an_optimizer_is_refused_with_the_way_out(tmp_path):
         (["--optim", "paged_adamw_8bit"], "bitsandbytes"),
         (["--use_peft", "true", "--lora_target_modules", "nothing"], "Target modules nothing not found"),
         (["--report_to", "comet_ml"], "comet"),
+        (["--use_liger_kernel", "true"], "use_liger_kernel needs liger-kernel"),
         (["--capo_mode", "mask", "--capo_step", "auto", "--optim", "adafactor"], "capo_step='auto' knows"),
         (["--model_revision", "v2"], "only a hub id has revisions"),
     ],

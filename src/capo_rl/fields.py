@@ -148,7 +148,11 @@ NEEDS: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
     "liger_kernel_config": _on("use_liger_kernel"),
     "transformers_continuous_batching_config": _on("use_transformers_continuous_batching"),
     **dict.fromkeys(
-        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), _on("gradient_checkpointing")
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        (
+            "gradient_checkpointing: true (of which gradient_checkpointing_kwargs are the kwargs by their old name)",
+            lambda given: bool(given["gradient_checkpointing"]),
+        ),
     ),
     **dict.fromkeys(
         [
@@ -247,7 +251,7 @@ def wrong_type(value: Any, hint: Any) -> str | None:
     >>> wrong_type(2.5, int)
     'must be a whole number'
     >>> wrong_type(1, float), wrong_type("1e-4", float)
-    (None, "must be a number, and this is text: YAML and Python read 1.0e-4 as a number, and '1e-4' is none")
+    (None, 'must be a number, and this is text: write it without quotes, and 1e-4 in YAML as 1.0e-4')
     >>> wrong_type(False, str)
     'must be text; YAML reads a bare on, off, yes or no as true or false: put it in quotes'
     """
@@ -304,7 +308,7 @@ def check_fields(sections: Iterable[Any]) -> None:
         if name in NOT_HERE and not _set_by_trl(name, given):
             raise ValueError(f"{name}={_shown(value)} would be ignored: {NOT_HERE[name]}")
     for name, value in changed.items():
-        if name in NEEDS and not NEEDS[name][1](given):
+        if name in NEEDS and not NEEDS[name][1](given) and not _set_by_trl(name, given):
             raise ValueError(f"{name}={_shown(value)} says nothing without {NEEDS[name][0]}: set that, or leave it out")
         if name in RANGES and value is not None and not RANGES[name][1](value):
             raise ValueError(f"{name}={_shown(value)} {RANGES[name][0]}")
@@ -315,6 +319,8 @@ def _set_by_trl(name: str, given: Mapping[str, Any]) -> bool:
     scheduler = str(getattr(given["lr_scheduler_type"], "value", given["lr_scheduler_type"]))
     if name in ("metric_for_best_model", "greater_is_better"):
         return scheduler in ("reduce_lr_on_plateau", "greedy") and given["metric_for_best_model"] == "loss"
+    if name == "vllm_importance_sampling_clip_max":
+        return given.get("vllm_importance_sampling_cap") is not None
     return name == "include_num_input_tokens_seen" and given[name] == "no"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -146,6 +147,8 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         revision=recipe.model.model_revision,
     )
     try:
+        if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
         trainer = WholeCheckpoints(
             model=model,
             reward_funcs=accuracy_reward,
