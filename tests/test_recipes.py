@@ -99,7 +99,8 @@ def test_all_of_the_papers_recipes_are_checked():
 
 def test_the_command_line_overrides_any_field():
     recipe = read_recipe(
-        QUICKSTART, ["--learning_rate", "1e-3", "--capo_fisher_threshold=inf", "--dataset_limit", "7", "--lora_r", "4"]
+        QUICKSTART,
+        ["--learning_rate", "1e-3", "--capo_fisher_threshold=inf", "--dataset_limit=7", "--use_peft=1", "--lora_r=4"],
     )
     assert recipe.training.learning_rate == 1e-3
     assert recipe.training.thresholds.fisher == math.inf
@@ -125,7 +126,7 @@ def test_settings_are_what_differs_from_the_defaults():
         ("capo_fisher_treshold: 1e-4", [], "no field `capo_fisher_treshold`; did you mean `capo_fisher_threshold`"),
         ("xyzzyx: 1", [], "no field `xyzzyx`; `capo train RECIPE --help` lists all"),
         ("", ["--learning-rat", "1"], "on the command line: there is no field `learning-rat`; did you mean"),
-        ("capo_fisher_threshold: -1.0", [], "fisher=-1.0: a policy shift is never negative"),
+        ("capo_fisher_threshold: -1.0", [], "capo_fisher_threshold=-1.0 must be above 0, or null"),
         ("capo_hessian_low: 1.0\ncapo_hessian_high: -1.0", [], "the lower bound is above the upper; swap them"),
         ("num_generations: 7", [], r"generation_batch_size \(16\) must be divisible by num_generations \(7\)"),
         ("model_name_or_path: null", [], "model_name_or_path is missing"),
@@ -143,7 +144,12 @@ def test_bad_fields_are_named(tmp_path, change, overrides, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("- a\n- b", "a YAML list; write one `field: value` a line"), ("", "a YAML NoneType"), ("a: [", "not YAML")],
+    [
+        ("- a\n- b", "a YAML list; write one `field: value` a line"),
+        ("", "empty; write one `field: value` a line"),
+        ("a: 1\nb: 2\na: 3", "`a` stands twice, in lines 1 and 3"),
+        ("a: [", "not YAML"),
+    ],
 )
 def test_files_that_are_no_recipe(tmp_path, content, message):
     (tmp_path / "r.yaml").write_text(content)

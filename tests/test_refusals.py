@@ -12,9 +12,11 @@ import torch
 from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
+from trl.experimental.gmpo import GMPOTrainer
 
 from capo_rl import CAPOConfig, CAPOTrainer, MonitorCallback
 from capo_rl.models import check_head, locate
+from capo_rl.recipe import read_recipe
 from capo_rl.step import AdamStep
 from conftest import make_model, wants_even_words
 
@@ -106,6 +108,33 @@ def setting(**settings):
     return lambda build, *_: build(**settings)
 
 
+def recipe(lines):
+    def refuse(build, tmp_path, monkeypatch):
+        (tmp_path / "r.yaml").write_text(f"use_cpu: true\nbf16: false\n{lines}\n")
+        read_recipe(str(tmp_path / "r.yaml"))
+
+    return refuse
+
+
+def loss_by_sequence(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", GMPOTrainer._compute_loss)
+    wide = dict.fromkeys(("capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high"))
+    build(max_completion_length=4, **wide).train()
+
+
+def loss_around(build, tmp_path, monkeypatch):
+    own = {"_compute_loss": lambda self, model, inputs: GRPOTrainer._compute_loss(self, model, inputs)}
+    build(type("Around", (CAPOTrainer,), own), **SOME).train()
+
+
+def optimizer_of_its_own(build, tmp_path, monkeypatch):
+    def make(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+    build(type("Mine", (CAPOTrainer,), {"create_optimizer": make}), **SOME).train()
+
+
 RAISED = {
     "has no output embedding": no_head,
     "final_logit_softcapping is not supported": softcapped,
@@ -124,8 +153,23 @@ RAISED = {
     "CAPOTrainer takes a CAPOConfig": lambda build, *_: build(config=GRPOConfig),
     "the data has a column": taken_column,
     "is not one of": setting(capo_mode="on"),
+    "gives each token its own advantage, and the loss is": lambda build, *_: build(
+        type("Both", (CAPOTrainer, GMPOTrainer), {})
+    ),
+    "is not that of its own advantage": loss_by_sequence,
+    "loss went around CAPOTrainer's": loss_around,
+    "capo_step='auto' knows the steps of": setting(optim="adafactor"),
+    "by which capo_step='auto' chose": optimizer_of_its_own,
+    "multiplies the step by a share that is Adam's": setting(capo_mode="shorten", optim="sgd"),
+    "so this rejects every token": setting(capo_fisher_threshold=0.0),
+    "must be a number, and this is text": setting(capo_fisher_threshold="1e-4"),
+    "take the mask's place, and": setting(capo_mode="shorten", capo_soft=True),
+    "is for several processes, and this is one": setting(ddp_backend="gloo"),
+    "would be ignored": recipe("load_in_4bit: true"),
+    "says nothing without": recipe("lora_r: 4"),
+    "stands twice": recipe("seed: 1\nseed: 2"),
     "the lower bound is above the upper": setting(capo_hessian_low=1.0, capo_hessian_high=-1.0),
-    "threshold is NaN": setting(capo_fisher_threshold=math.nan),
+    "is NaN: give a number": setting(capo_fisher_threshold=math.nan),
     "must be at least 1, or null for the whole vocabulary": setting(capo_top_k=0),
     "is a probability: give it in [0, 1]": setting(capo_max_missing_mass=2.0),
     "must be at least 1, or null for the steps that are logged": setting(capo_kl_every=0),

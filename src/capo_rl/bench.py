@@ -35,6 +35,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from capo_rl.records import column, read_metrics, versions, write_json
+from capo_rl.strict_yaml import load_yaml
 
 # What of each step is kept: enough for every figure, and no more.
 CURVES = (
@@ -89,7 +90,7 @@ def read_bench(path: str | Path) -> Bench:
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BenchError(f"{path}: no such file; give a name from experiments/ or the path of a YAML file") from None
     except yaml.YAMLError as error:
@@ -203,7 +204,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         recipe_file = folder / "recipe.yaml"
-        shared = yaml.safe_load(Path(bench.recipe).read_text(encoding="utf-8"))
+        shared = load_yaml(Path(bench.recipe).read_text(encoding="utf-8"))
         fixed = {"seed": seed, "output_dir": str(folder / "run"), "save_strategy": "no", "disable_tqdm": True}
         recipe_file.write_text(yaml.safe_dump(shared | fields | fixed), encoding="utf-8")
         recipe = read_recipe(str(recipe_file))

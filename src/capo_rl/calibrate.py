@@ -31,6 +31,7 @@ from capo_rl.recipe import Recipe, read_recipe
 from capo_rl.records import written_whole
 from capo_rl.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
 from capo_rl.selection import Thresholds
+from capo_rl.step import AdamStep
 
 Array = NDArray[np.float64]
 
@@ -227,7 +228,7 @@ class _Watch(TrainerCallback):
         control.should_training_stop |= state.global_step >= self.steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        cold = args.capo_step == "adam" and state.global_step == 1
+        cold = isinstance(self.trainer.planner.step, AdamStep) and state.global_step == 1
         if self.tokens and self.lr > 0 and not cold and logs and "capo/kl/measured" in logs:
             scale = args.learning_rate / self.lr
             m_f, m_h = at_scale(self.tokens, scale, args.capo_fisher)

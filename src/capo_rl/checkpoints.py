@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from capo_rl.records import RunFolderError, write_json
-from capo_rl.trl import CAPOTrainer
+from capo_rl.trl import STATE_FILE, CAPOTrainer
 
 MANIFEST = "manifest.json"
 ASIDE = ".unfinished"
@@ -53,7 +53,7 @@ class WholeCheckpoints(CAPOTrainer):
                 seal(self._aside / name)
                 shutil.rmtree(folder / name, ignore_errors=True)
                 os.replace(self._aside / name, folder / name)
-                if self.args.save_total_limit:
+                if self.args.save_total_limit is not None and self.args.save_total_limit > 0:  # as transformers has it
                     for old in list(checkpoints(folder).values())[self.args.save_total_limit :]:
                         shutil.rmtree(old)
         except Exception as error:
@@ -147,6 +147,30 @@ def resume_point(folder: str | Path) -> str | None:
     remove = " and ".join(str(path) for path, _ in damaged)
     offer = f"go on from {checkpoint}, which is whole" if checkpoint else "begin again: there is no other"
     raise CheckpointError(f"{damaged[0][1]}; remove {remove} to {offer}")
+
+
+def asked_point(checkpoint: str) -> str:
+    """The checkpoint that `resume_from_checkpoint` names.
+
+    Raises `CheckpointError` if it is none, or not as it was written.
+    """
+    if not Path(checkpoint).is_dir():
+        raise CheckpointError(
+            f"resume_from_checkpoint={checkpoint}: no such folder; give a checkpoint-N of a run, or leave it out: a "
+            "run goes on by itself from the newest in its output_dir"
+        )
+    if (damage := damage_of(Path(checkpoint))) is not None:
+        raise CheckpointError(f"resume_from_checkpoint={checkpoint}: {damage}; give another checkpoint")
+    return checkpoint
+
+
+def check_resumable(checkpoint: str) -> None:
+    """Raises `CheckpointError` for a checkpoint that has weights and nothing else."""
+    if not Path(checkpoint, STATE_FILE).exists():
+        raise CheckpointError(
+            f"{checkpoint} was written with save_only_model: true and has no optimizer, so no run can go on from it; "
+            "to start from its weights give it as model_name_or_path, with another output_dir"
+        )
 
 
 def seal(checkpoint: Path) -> None:

@@ -47,7 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target.add_argument("--kl-nats", type=float, metavar="X", help="nats a token that no update should pass")
     calibrate.add_argument("--steps", type=int, metavar="N", help="(default: 3 %% of the run's, in 7 to 50)")
     calibrate.add_argument(
-        "--out", metavar="FILE", default="thresholds.yaml", help="the fragment to write (default: %(default)s)"
+        "--out",
+        type=_file,
+        metavar="FILE",
+        default="thresholds.yaml",
+        help="the fragment to write (default: %(default)s)",
     )
     calibrate.set_defaults(run=_calibrate)
 
@@ -105,13 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     plot = commands.add_parser("plot", help="draw the curves of one run, or of several in one picture")
     plot.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or NAME=FOLDER for the legend")
-    plot.add_argument("--out", metavar="FILE", default="curves.png", help="the picture to write (default: %(default)s)")
+    plot.add_argument(
+        "--out", type=_picture, metavar="FILE", default="curves.png", help="the picture to write (default: %(default)s)"
+    )
     plot.add_argument("--title", default="", help="the picture's title")
     plot.set_defaults(run=_plot)
 
     report = commands.add_parser("report", help="one HTML page about a run, or about the results of a bench")
     report.add_argument("folder", metavar="FOLDER", help="the folder of a run, or of a bench's results")
-    report.add_argument("--out", metavar="FILE", default="report.html", help="the page to write (default: %(default)s)")
+    report.add_argument(
+        "--out", type=_file, metavar="FILE", default="report.html", help="the page to write (default: %(default)s)"
+    )
     report.set_defaults(run=_report)
 
     explain = commands.add_parser(
@@ -123,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("folder", metavar="RUN", help="the folder of a run")
     explain.add_argument("--step", type=int, metavar="N", help="which step (default: the last that was recorded)")
     explain.add_argument(
-        "--out", metavar="FILE", default="explain.html", help="the page to write (default: %(default)s)"
+        "--out", type=_file, metavar="FILE", default="explain.html", help="the page to write (default: %(default)s)"
     )
     explain.set_defaults(run=_explain)
 
@@ -142,6 +150,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("capo: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _file(name: str) -> str:
+    """A file that can be written, known before the work is done whose result it is to hold."""
+    import os
+
+    folder = os.path.dirname(name) or "."
+    if not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{name}: there is no folder {folder}; make it, or give another file")
+    if os.path.isdir(name) or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{name}: can't be written; give another file")
+    return name
+
+
+def _picture(name: str) -> str:
+    endings = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+    if not name.lower().endswith(endings):
+        raise argparse.ArgumentTypeError(f"{name}: a picture's name ends in one of {', '.join(endings)}")
+    return _file(name)
 
 
 def _train(options: argparse.Namespace) -> None:

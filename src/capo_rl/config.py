@@ -1,11 +1,16 @@
 """CAPO's own settings on top of TRL's: new fields only, with the paper's defaults (Tables 2 and 4)."""
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
+import functools
+import math
+import os
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
+from capo_rl.fields import wrong_type
 from capo_rl.selection import Thresholds
 from capo_rl.trust_region import KL_BUDGET
 
@@ -13,7 +18,7 @@ _CHOICES = {
     "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
     "capo_advantage": ("group", "reward"),
     "capo_granularity": ("token", "sequence", "group", "batch"),
-    "capo_step": ("adam", "sgd"),
+    "capo_step": ("auto", "adam", "sgd"),
     "capo_units": ("plain", "translated"),
     "capo_fisher": ("sampled", "expected"),
     "capo_moments": ("float32", "bfloat16"),
@@ -73,9 +78,10 @@ class CAPOConfig(GRPOConfig):
         metadata={"help": "Upper bound on m_H (Eq. 11, Table 4). `inf` or null: no bound."},
     )
     capo_step: str = field(
-        default="adam",
+        default="auto",
         metadata={
-            "help": "The model of the optimizer's step on the last layer (Section 4.1).",
+            "help": "The model of the optimizer's step on the last layer (Section 4.1); `auto`: the optimizer's own. "
+            "Where it is neither, the modes that decide by shifts are refused.",
             "choices": _CHOICES["capo_step"],
         },
     )
@@ -200,9 +206,20 @@ class CAPOConfig(GRPOConfig):
         if self.capo_mode is False:  # how YAML reads a bare `off`
             self.capo_mode = "off"
         check_capo(self)
+        if self.ddp_backend is not None and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"ddp_backend={self.ddp_backend!r} is for several processes, and this is one: start them with "
+                "`accelerate launch`, or leave it out"
+            )
         if self.trust_remote_code:
             raise ValueError("trust_remote_code=True runs foreign code: set it to false")
         super().__post_init__()
+
+
+@functools.cache
+def _own_types() -> dict[str, Any]:
+    hints = typing.get_type_hints(CAPOConfig)
+    return {name: hint for name, hint in hints.items() if name.startswith("capo_")}
 
 
 def check_capo(config: Any) -> None:
@@ -210,7 +227,22 @@ def check_capo(config: Any) -> None:
     for name, choices in _CHOICES.items():
         if getattr(config, name) not in choices:
             raise ValueError(f"{name}={getattr(config, name)!r} is not one of {', '.join(choices)}")
-    _ = config.thresholds  # refuses negative or swapped bounds
+    for name, hint in _own_types().items():
+        if (wrong := wrong_type(getattr(config, name), hint)) is not None:
+            raise ValueError(f"{name}={getattr(config, name)!r} {wrong}")
+    low, high = config.capo_hessian_low, config.capo_hessian_high
+    for name in ("capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high"):
+        if (bound := getattr(config, name)) is not None and math.isnan(bound):
+            raise ValueError(f"{name} is NaN: give a number, or null for no bound")
+    if config.capo_fisher_threshold is not None and not config.capo_fisher_threshold > 0:
+        raise ValueError(
+            f"capo_fisher_threshold={config.capo_fisher_threshold} must be above 0, or null for no bound: a policy "
+            "shift is never negative, and zero only where a token has no advantage, so this rejects every token"
+        )
+    if low is not None and high is not None and low > high:
+        raise ValueError(
+            f"capo_hessian_low={low} and capo_hessian_high={high}: the lower bound is above the upper; swap them"
+        )
     if config.capo_top_k is not None and config.capo_top_k < 1:
         raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
     if not 0 <= config.capo_max_missing_mass <= 1:
@@ -232,11 +264,17 @@ def check_capo(config: Any) -> None:
     if config.capo_penalty is not None and not config.capo_penalty > 0:
         raise ValueError(f"capo_penalty={config.capo_penalty} must be above 0, or null for a mask")
     if config.capo_soft or config.capo_penalty is not None:
+        if config.capo_mode in ("trust_region", "shorten"):
+            raise ValueError(
+                f"capo_soft and capo_penalty take the mask's place, and capo_mode={config.capo_mode!r} has none: use "
+                "capo_mode='mask'"
+            )
         if config.capo_soft and config.capo_penalty is not None:
             raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
         if config.capo_granularity != "token":
             raise ValueError("capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token'")
-    if config.capo_units == "translated" and (config.capo_step == "sgd" or config.capo_granularity != "token"):
+    sgd = config.capo_step == "sgd" or (config.capo_step == "auto" and str(config.optim).endswith("sgd"))
+    if config.capo_units == "translated" and (sgd or config.capo_granularity != "token"):
         raise ValueError(
             "capo_units='translated' is for the shifts of single tokens under Adam: use capo_units='plain' with "
             "capo_step='sgd' or another capo_granularity"

@@ -133,8 +133,10 @@ def check_head(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource | str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer, padding on the left (generation continues at the right); it pads with EOS if need be.
+
+    `kwargs` go to `from_pretrained` (`revision`, ...).
 
     Raises `ModelError` if it does not load.
     """
@@ -145,7 +147,7 @@ def load_tokenizer(source: ModelSource | str) -> PreTrainedTokenizerBase:
     gguf = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source.name, padding_side="left", trust_remote_code=False, **gguf
+            source.name, padding_side="left", trust_remote_code=False, **gguf, **kwargs
         )
     except (OSError, ValueError) as error:
         raise _unloadable(source, error) from error

@@ -43,11 +43,11 @@ class MonitorCallback(TrainerCallback):
         args, ours = trainer.args, _OURS | settings
         for name, value in ours.items():
             setattr(args, name, value)
+        check_capo(args)
         args.thresholds = Thresholds(
             ours["capo_fisher_threshold"], (ours["capo_hessian_low"], ours["capo_hessian_high"])
         )
         args.kl_budget, args.changes_the_run = None, False
-        check_capo(args)
         own = type(trainer)
         trainer.__class__ = type(
             own.__name__, (CAPOTrainer, own), {"_name": own._name, "create_model_card": own.create_model_card}

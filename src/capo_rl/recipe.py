@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 import difflib
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from capo_rl.config import CAPOConfig
+from capo_rl.fields import check_fields, check_types
 from capo_rl.recipe_file import RecipeError, check_there
+from capo_rl.strict_yaml import load_yaml
 
 
 @dataclass
@@ -54,20 +57,25 @@ def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; `overrides` are options as on the command line, `["--learning_rate", "1e-5"]`.
 
     Raises `RecipeError` for a file that is missing or no mapping, a field that does not exist (naming the nearest one
-    that does), and values that contradict one another.
+    that does), one that would be ignored (`fields`), and values of another type, out of range, or that contradict one
+    another.
     """
     overrides = list(overrides or [])
     parser = TrlParser(_SECTIONS, prog=f"capo train {path}", usage="%(prog)s [--FIELD VALUE ...]", allow_abbrev=False)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    for name in _mapping(path):
+    content = _mapping(path)
+    for name in content:
         if name != "env":
             _check_field(str(name), known, place=path)
     for option in overrides:
         if option.startswith("--"):
             _check_field(option[2:].split("=")[0], known, place="on the command line")
     try:
+        for section in _SECTIONS:
+            check_types(content, typing.get_type_hints(section))
         data, model, training = parser.parse_args_and_config(["--config", path, *overrides])
-    except (ValueError, TypeError) as error:
+        check_fields((data, model, training))
+    except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{path}: {error}") from error
     if not model.model_name_or_path:
         raise RecipeError(f"{path}: model_name_or_path is missing: give a hub id, a folder, or package:NAME")
@@ -89,11 +97,13 @@ def settings(recipe: Recipe) -> dict[str, object]:
 def _mapping(path: str) -> dict[str, object]:
     check_there(path)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't be read ({error}); give the path of a YAML file") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if content is None:
+        raise RecipeError(f"{path}: empty; write one `field: value` a line, as in recipes/quickstart.yaml")
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a YAML {type(content).__name__}; write one `field: value` a line")
     return content

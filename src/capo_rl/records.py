@@ -46,6 +46,11 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
     folder = Path(folder)
     # through JSON and back, as the settings of the earlier run went
     asked = json.loads(_json(settings))
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise RunFolderError(f"output_dir={folder}: {place} is a file; give a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunFolderError(f"output_dir={folder}: {place} can't be written; give another folder, or its rights")
     if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         return None
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -23,7 +25,15 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from trl import get_peft_config
 
-from capo_rl.checkpoints import ASIDE, FiniteWeights, StopWhenTold, WholeCheckpoints, resume_point
+from capo_rl.checkpoints import (
+    ASIDE,
+    FiniteWeights,
+    StopWhenTold,
+    WholeCheckpoints,
+    asked_point,
+    check_resumable,
+    resume_point,
+)
 from capo_rl.config import CAPOConfig
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
@@ -91,6 +101,10 @@ def _resumed(args: CAPOConfig, folder: Path, shorter: int | None) -> str | None:
                 args.max_steps,
                 args.max_steps,
             )
+    if checkpoint is None and args.resume_from_checkpoint is not None:
+        checkpoint = asked_point(args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_resumable(checkpoint)
     return checkpoint
 
 
@@ -142,6 +156,17 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
             f"beta={args.beta}: the KL term loads the model a second time, which does not work from GGUF; "
             "convert it to safetensors, or set beta: 0.0"
         )
+    if recipe.model.model_revision != "main":
+        if os.path.isdir(source.name):
+            raise RecipeError(
+                f"model_revision={recipe.model.model_revision!r} would be ignored: {recipe.model.model_name_or_path} "
+                "is here, and only a hub id has revisions; leave it out"
+            )
+        if args.beta > 0 and not recipe.model.use_peft:
+            raise RecipeError(
+                f"beta={args.beta}: the KL term loads the model a second time, at its main revision and not at "
+                f"model_revision={recipe.model.model_revision!r}; set beta: 0.0, or give a folder with that revision"
+            )
     problems = load_problems(
         recipe.data.dataset_name,
         config=recipe.data.dataset_config,
@@ -149,7 +174,7 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         limit=recipe.data.dataset_limit,
         seed=args.seed,
     )
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, revision=recipe.model.model_revision)
     prompts, dropped = _prompts(recipe, problems, tokenizer)
     model: PreTrainedModel = load_model(
         source,
@@ -157,14 +182,22 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         attn_implementation=recipe.model.attn_implementation,
         revision=recipe.model.model_revision,
     )
-    trainer = WholeCheckpoints(
-        model=model,
-        reward_funcs=accuracy_reward,
-        args=args,
-        train_dataset=prompts,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(recipe.model),
-    )
+    try:
+        if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
+        trainer = WholeCheckpoints(
+            model=model,
+            reward_funcs=accuracy_reward,
+            args=args,
+            train_dataset=prompts,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(recipe.model),
+        )
+        if "layerwise" not in args.optim:  # those are made with hooks on the model
+            trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+        # settings that TRL, transformers or peft refuse, or whose library is missing
+        raise RecipeError(f"{recipe.model.model_name_or_path} can't be trained so: {error}") from error
     if (name := recipe.model.model_name_or_path) == "embedded" or name.startswith("package:"):
         trainer.base_model = name
     trainer.remove_callback(ProgressCallback)

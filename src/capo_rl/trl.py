@@ -11,6 +11,7 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -43,6 +44,7 @@ from capo_rl.records import versions, written_whole
 from capo_rl.rewards import Guarded, guarded
 from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
+from capo_rl.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.telemetry import rank_correlation, synchronise
 from capo_rl.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.trust_region import (
@@ -72,6 +74,8 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
+# How much of a token's gradient may, by rounding, not be that of its own advantage.
+_OWN_ADVANTAGE = 0.05
 # The share of a budget above which the KL of no step at all makes the budget meaningless.
 _NOISE = 0.05
 # Batches one after another without any reward that end the run.
@@ -107,7 +111,9 @@ class CAPOTrainer(GRPOTrainer):
     base_model: str | None = None  # as the user named it, where that is not in its config
     _unrewarded: dict[str, int] | None = None  # batches in a row; a stock trainer that is watched has no such limit
 
-    def __init__(self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: CAPOConfig | None = None, *more: Any, **kwargs: Any
+    ) -> None:
         if args is not None and not isinstance(args, CAPOConfig):
             raise TypeError(
                 f"args is a {type(args).__name__}: CAPOTrainer takes a CAPOConfig, which has the same fields"
@@ -115,6 +121,9 @@ class CAPOTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
+        # By name, since other trainers between this one and GRPOTrainer may take them in no other way.
+        named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, model, None, None, *more).arguments
+        kwargs |= dict(list(named.items())[4:])
         _check_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
         # Those that an environment brings among them; a reward model that raises ends the run.
@@ -136,6 +145,7 @@ class CAPOTrainer(GRPOTrainer):
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._scale = 1.0  # of the coming step's learning rate
         self._lrs: list[float] = []  # the schedule's, while a step is taken at others
+        self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
         self._undone = 0  # steps in a row
@@ -144,11 +154,21 @@ class CAPOTrainer(GRPOTrainer):
         self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
+        self._check_loss()
+        entropy = getattr(args, "entropy_coef", 0.0) != 0 or getattr(args, "use_adaptive_entropy", False)
+        if entropy and args.capo_mode in ("monitor", *DECIDING) and self.is_world_process_zero():
+            logger.warning(
+                "%s: the gradient of the entropy bonus does not go through log pi(a), so the step model's moments are "
+                "without it, and m_H, m_F, the share and the predicted KL are those of the rest of the loss "
+                "(docs/algorithm.md); capo_mode='trust_region' measures whole steps",
+                "use_adaptive_entropy" if getattr(args, "use_adaptive_entropy", False) else "entropy_coef",
+            )
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
+            self._fit = self._known_fit()
             self.planner = Planner(
-                _STEPS[args.capo_step](args),
+                _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
                 args.thresholds,
                 temperature=args.temperature,
                 top_k=args.capo_top_k,
@@ -170,6 +190,48 @@ class CAPOTrainer(GRPOTrainer):
             )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+
+    def _check_loss(self) -> None:
+        """A mask is written into the advantages, one a token, which only GRPOTrainer's own loss is known to read."""
+        classes = type(self).__mro__
+        loss = next(each for each in classes[classes.index(CAPOTrainer) + 1 :] if "_compute_loss" in vars(each))
+        if self.args.capo_mode == "mask" and loss is not GRPOTrainer:
+            raise TypeError(
+                f"capo_mode='mask' gives each token its own advantage, and the loss is {loss.__name__}'s, which may "
+                "take one for a sequence: use capo_mode='trust_region', 'shorten' or 'monitor', which leave them alone"
+            )
+
+    def _known_fit(self) -> Fit:
+        """Which step model fits, as far as it is known before the optimizer is made."""
+        if self.optimizer is not None:
+            return fit_of_optimizer(self.optimizer)
+        if self.optimizer_cls_and_kwargs is not None:
+            return fit_of_class(*self.optimizer_cls_and_kwargs)
+        return fit_of_name(self.args.optim, self.args.optim_args)
+
+    def _follow_optimizer(self) -> None:
+        """Take the step model's constants from the optimizer that was made, and see that it is what it was to be."""
+        assert self.planner is not None
+        args, step, optimizer = self.args, self.planner.step, self._optimizer()
+        if self.is_deepspeed_enabled:
+            return  # its optimizer is a wrapper of its own kind
+        fit = fit_of_optimizer(optimizer)
+        if fit.model != self._fit.model:  # made by a subclass
+            self._fit = fit
+            if not isinstance(step, type(_STEPS[choose(args.capo_step, args.capo_mode, fit)](args))):
+                raise ValueError(
+                    f"the optimizer is {fit.name} and optim={getattr(args.optim, 'value', args.optim)!r}, by which "
+                    f"capo_step='auto' chose: set capo_step={fit.model or 'adam'!r}"
+                )
+        at = group_of(optimizer, self._causal_lm(self.model).get_output_embeddings().weight)
+        first, own = (optimizer.param_groups[i] for i in (0, at))
+        if at and first.get("initial_lr"):
+            self._lr_ratio = own["initial_lr"] / first["initial_lr"]
+        if isinstance(step, AdamStep) and fit.model == "adam":
+            step.betas = (float(own["betas"][0]), float(own["betas"][1]))
+            step.eps = float(own["eps"])
+            if self.planner.share is not None:
+                self.planner.share.beta2 = step.betas[1]
 
     def _control(self, budget: float) -> Backtracking | Steering:
         """What keeps the budget."""
@@ -288,7 +350,7 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         advantages = inputs["advantages"]
         advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate() * self._scale
+        self.planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
         planned = self.planner.plan(
             hidden[mask],
             self._head(model),
@@ -300,10 +362,13 @@ class CAPOTrainer(GRPOTrainer):
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
         masked = self.args.capo_mode == "mask"
+        gradients: dict[str, Tensor] = {}
 
         def watch_written(gradient: Tensor) -> None:
             own = planned.advantages.where(~planned.shifts.nonfinite, 0)
             planned.whole = -own * gradient[mask] / self._loss_scale()
+            gradients["advantage"] = (written.detach() * gradient)[mask]
+            self._check_own_advantages(**gradients)
 
         if masked:
             keep = mask.clone()
@@ -312,9 +377,8 @@ class CAPOTrainer(GRPOTrainer):
             advantages[mask] = planned.used
             written = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
             inputs["advantages"] = written
-            if self.planner.share is not None:
-                # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
-                written.requires_grad_().register_hook(watch_written)
+            # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
+            written.requires_grad_().register_hook(watch_written)
 
         def watch(gradient: Tensor) -> None:
             planned.weights = -gradient[mask] / self._loss_scale()
@@ -325,8 +389,24 @@ class CAPOTrainer(GRPOTrainer):
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
                 )
+            if masked:
+                gradients["log_prob"] = gradient[mask]
+                self._check_own_advantages(**gradients)
 
         logps.register_hook(watch)
+
+    def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
+        """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
+        each sequence would: where a ratio is not clipped, A ∂L/∂A and ∂L/∂log π(a) are the same."""
+        if advantage is None or log_prob is None or self.beta != 0.0 or self.importance_sampling_level != "token":
+            return
+        moved = (log_prob != 0) & advantage.isfinite() & log_prob.isfinite()
+        difference = (advantage - log_prob)[moved].norm()
+        if difference > _OWN_ADVANTAGE * log_prob[moved].norm():
+            raise RuntimeError(
+                "a token's gradient is not that of its own advantage, so the loss did not read the advantages CAPO "
+                "wrote as one a token: use a loss that does, or capo_mode='trust_region', which writes none"
+            )
 
     def _subsets(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
         """Each token's subset number for the configured granularity, or None for tokens on their own."""
@@ -458,6 +538,11 @@ class CAPOTrainer(GRPOTrainer):
         """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
         planner = self.planner
         assert planner is not None
+        if not planner.micro_batches:
+            raise RuntimeError(
+                f"{type(self).__name__}'s loss went around CAPOTrainer's, so no token was looked at: call "
+                "`super()._compute_loss`, or use capo_mode='off'"
+            )
         finite = self._gradient_is_finite()
         changes = self.args.changes_the_run
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
@@ -528,6 +613,7 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         if self._recomputes:
             check_recomputable(self._optimizer())
+        self._follow_optimizer()
         self.planner.clear()
         self._forwards.clear()
         self._rollouts.clear()
