@@ -133,10 +133,14 @@ def read_metrics(folder: str | Path) -> Metrics:
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         raise RunFolderError(f"{path}: no such file; give the folder of a run")
-    steps = [entry for entry in _entries(path) if "reward" in entry]
-    if not steps:
+    if not (steps := logged_steps(folder)):
         raise RunFolderError(f"{path}: no training step is logged in it; train first (with logging_strategy: steps)")
     return steps
+
+
+def logged_steps(folder: str | Path) -> Metrics:
+    """The same, but none where there is none: a run may log nothing (`logging_strategy: no`)."""
+    return [entry for entry in _entries(Path(folder) / "metrics.jsonl") if "reward" in entry]
 
 
 def rewind_metrics(path: Path, step: int) -> None:

@@ -44,7 +44,7 @@ from capo_rl.recipe import Recipe, RecipeError, settings
 from capo_rl.records import (
     RunFolderError,
     check_folder,
-    read_metrics,
+    logged_steps,
     rewind_metrics,
     sole_writer,
     start_run,
@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
                 "folder to run it again",
                 folder,
             )
-            return summarize(read_metrics(folder))
+            return summarize(logged_steps(folder))
         return _train(recipe, folder, asked, _resumed(args, folder, shorter))
 
 
@@ -133,9 +133,12 @@ def _train(recipe: Recipe, folder: Path, asked: dict[str, Any], checkpoint: str 
         raise SystemExit(stop.status)
     if not trainer.is_world_process_zero():
         return {}
-    entries = read_metrics(folder)
+    entries = logged_steps(folder)
     summary = summarize(entries)
-    draw_run(entries, folder / "curves.png", title=folder.name)
+    if entries:
+        draw_run(entries, folder / "curves.png", title=folder.name)
+    else:
+        logger.warning("%s: no step was logged, so there are no curves: see logging_strategy and logging_steps", folder)
     write_json(folder / "summary.json", summary | {"dropped": dropped, "settings": asked, "versions": versions()})
     return summary
 
