@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from capo_rl.notation import plain
+from capo_rl.units import changes, without_words
+
 KINDS = {
     "math": "any expression, compared by algebra",
     "number": "one number, perhaps with a currency, a unit, or `name =` before it",
@@ -129,19 +132,18 @@ def bare(answer: str) -> str:
 
 # --- text
 
-_SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~|\\(?:left|right|displaystyle|quad)(?![A-Za-z])")
+_SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~")
+_BRACED = re.compile(r"\{[^{}]*\}")
 _UNNEEDED_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
 _TEXT = r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{(?:[^{}]|\{[^{}]*\})*\}"
-_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{\s*([A-Za-z][A-Za-z ]*[A-Za-z])\s*\}|([A-Za-z]{4,})")
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{\s*([A-Za-z][A-Za-z ]*[A-Za-z])[.\s]*\}|([A-Za-z]{2,})")
 # Text after a number, with its power. No two parts of this can match the same space: it takes linear time.
 _TEXT_UNIT = re.compile(
     rf"(?:(?: ?(?:\\cdot|/|\\[,;: ]|~) ?| )?(?:\\mu ?)?{_TEXT}(?:\^(?:\{{-?[0-9]\}}|-?[0-9]))?)+ ?$"
 )
 # Words that are a part of the number, or of a list.
 _NO_UNIT = re.compile(r"hundred|dozen|\bor\b|\band\b|[a-z]\s*\{\s*(?:[0-9.]+|[ei])\s*\}", re.IGNORECASE)
-_NO_UNIT_WORDS = re.compile(r"hundred|dozen|\b(?:half|or|and an?|but|not)\b", re.IGNORECASE)
 _STYLED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|boldsymbol|mbox)\{([0-9().,-]+)\}")
-_CHARACTERS = str.maketrans({"−": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ", "π": r"\pi "})
 
 
 def squeezed(text: str) -> str:
@@ -150,9 +152,10 @@ def squeezed(text: str) -> str:
     >>> squeezed(r"\left( 3,\, \dfrac{\pi}{2} \right)")
     '(3,\\frac{\\pi}{2})'
     """
-    text = _SPACING.sub(" ", bare(text).translate(_CHARACTERS))
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text).replace("{,}", ",")
-    return bare(_UNNEEDED_SPACE.sub("", text))
+    text = _UNNEEDED_SPACE.sub("", _SPACING.sub(" ", bare(plain(bare(text)))).replace("{,}", ","))
+    while text.startswith("{") and _BRACED.fullmatch(text):
+        text = text[1:-1]
+    return bare(text)
 
 
 def without_unit(text: str, unit: str | None = None) -> str:
@@ -163,7 +166,7 @@ def without_unit(text: str, unit: str | None = None) -> str:
     """
     text = re.sub(r"\s+", " ", text)
     found = _TEXT_UNIT.search(text)
-    if found and text[: found.start()].strip() and not _NO_UNIT.search(found[0]):
+    if found and text[: found.start()].strip() and not _NO_UNIT.search(found[0]) and not changes(found[0]):
         text = text[: found.start()].rstrip()
     plain = bare(unit or "").strip()
     if plain and (ended := re.search(rf"(?<![A-Za-z\\])\s*{re.escape(plain)}s?$", text)) and ended.start():
@@ -197,6 +200,9 @@ def letter(text: str) -> str | None:
     ('B', 'C', 'D', None, None)
     """
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}", r"\1", bare(text)).strip(" *")
+    text = re.sub(r"\\[,;: ]|~", " ", text)
+    text = re.sub(r"(?i)^(?:(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is)?[:\s]+){1,2}", "", text)
+    text = text.strip(" *.")
     found = re.fullmatch(r"\(?([A-Za-z])\)?|\(?([A-Za-z])(?:\)|[.:])\s.*", text, re.DOTALL)
     return (found[1] or found[2]).upper() if found else None
 
@@ -212,7 +218,7 @@ _LIST_OF_TWO = re.compile(r"[0-9],[\s~]+[0-9]")  # `32, 349`, not 32349; but `32
 _QUOTIENT = re.compile(
     rf"([+-]?)(?:\\frac(?:\{{(-?{_DECIMAL})\}}|([0-9]))(?:\{{({_DECIMAL})\}}|([0-9]))|({_DECIMAL})/({_DECIMAL}))"
 )
-_CURRENCY = re.compile(r"^([+-]?)(?:\\?\$|€|£|USD\s?)")
+_CURRENCY = re.compile(r"^([+-]?)(?:US)?(?:\\text\s*\{\s*)?(?:\\?\$|[€£¥₹₩¢]|(?:USD|EUR|GBP|Rs)\.?\s?)(?:\s*\})?|\\?\$$|[€£¥₹₩¢]$")
 _DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)$|\\degree$")
 _NAME = re.compile(r"^\(?[A-Za-z](?:_(?:\w|\{\w+\}))?(?:, ?[A-Za-z](?:_(?:\w|\{\w+\}))?)*\)?\s*(?:=|\\in(?![A-Za-z]))")
 
@@ -238,7 +244,7 @@ def number(text: str) -> Number | None:
         return None
     # Spaces go, but not between digits: `1 2` is no number.
     text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", _DEGREES.sub("", squeezed(text)))
-    text = _CURRENCY.sub(r"\1", _STYLED.sub(r"\1", text))
+    text = _CURRENCY.sub(lambda found: found[1] or "", _STYLED.sub(r"\1", text))
     text = re.sub(r"^\(([^(),]*)\)$", r"\1", text)
     kept = text.removesuffix("%").removesuffix("\\")
     percent = text.endswith("%")
@@ -295,30 +301,171 @@ def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
         if named is None:
             return False, "not a letter"
         return (True, "the same letter") if named == letter(gold) else (False, "another letter")
-    answer, gold = _scaled(answer), _scaled(gold)
     text, gold_text = squeezed(answer), squeezed(gold)
     if text == gold_text:
         return True, "the same text"
-    a, b = _as_number(answer, rule), number(without_unit(gold, rule.unit))
+    a, b = _as_number(answer, rule), _gold_number(gold, rule)
     if a is not None and b is not None:
-        what = (
-            "integer" if not (a.decimal or b.decimal) and a.value.denominator == b.value.denominator == 1 else "number"
-        )
-        return (True, f"the same {what}") if same_number(a, b, rule) else (False, f"another {what}")
+        return _compared(a, b, rule)
+    # What follows would be read as numbers, products or points by an algebra that knows nothing of it.
+    for read, what in ((_clock, "time"), (_based, "number"), (_bracketed, "kind of brackets")):
+        x, y = read(answer), read(gold)
+        if x is not None and y is not None and x != y and (read is not _clock or not _same_time(x, y)):
+            return False, f"another {what}"
+        if read is _clock and x is not None and y is not None:
+            return True, "the same time"
+        if read is _based and (x is None) != (y is None) and (a is not None or b is not None):
+            return False, "a number with a base against one without"
+        if read is _based and x is not None and x == y:
+            return True, "the same number"
     words, gold_words = _words(text), _words(gold_text)
-    if words is not None and gold_words is not None and "\\" in text[:1] + gold_text[:1]:
+    if words is not None and gold_words is not None and ("\\" in text[:1] + gold_text[:1] or _spelt(words, gold_words)):
         return (True, "the same words") if words == gold_words else (False, "other words")
+    if rule.kind != "math" and b is not None and ("," in _unwrapped(answer) or _OTHER_RELATION.search(plain(answer))):
+        return False, "not one number"
     return None
 
 
+def _compared(a: Number, b: Number, rule: Rule) -> tuple[bool, str]:
+    """The verdict on two numbers, which tells a rounded answer from one that is more precise than the reference."""
+    what = "integer" if not (a.decimal or b.decimal) and a.value.denominator == b.value.denominator == 1 else "number"
+    if same_number(a, b, rule):
+        return True, f"the same {what}"
+    if a.decimal != b.decimal and a.value and b.value and abs(a.value - b.value) <= abs(b.value) / 100:
+        return False, "less precise than the gold answer" if a.decimal else "more precise than the gold answer"
+    return False, f"another {what}"
+
+
+def _gold_number(gold: str, rule: Rule) -> Number | None:
+    text = without_unit(_scaled(plain(gold)), rule.unit)
+    found = number(text)
+    return found if found is not None or rule.kind == "math" else number(without_words(text, True))
+
+
+# What a text says besides one number: then what follows its last `=` is not the answer.
+_OTHER_RELATION = re.compile(
+    r"[<>;]|\\(?:leq|geq|neq|approx|equiv|sim|in|to|lor|land|mid|pm|mp|iff|implies|Rightarrow|quad|cup|cap)(?![A-Za-z])"
+    r"|\\\\|\n|\b(?:or|and)\b|\\text\s*\{[^{}]*\b(?:or|and)\b"
+)
+_LETTERS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]")
+_GREEK_LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega)$")
+_SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|\^?\{?(?:'|\\prime)\}?")
+_NAMES = re.compile(
+    r"(?:\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z ]+|\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*|[{}|]|\\[a-zA-Z]+)+"
+    r"(?:\([^()=]*\))?|\([A-Za-z\\ ]+(?:,\s*[A-Za-z\\ ]+)*\)|[A-Za-z](?:,\s*[A-Za-z])+"
+)
+
+
+def value(text: str, strict: bool = False) -> str | None:
+    r"""What follows the `=` of `name = value`, a text without `=` as it is, and `None` for another equation or several.
+
+    An expression of several letters counts as a name as well, since problems ask for them, unless `strict`.
+
+    >>> value("m + n = 204"), value("2 + 3 = 5"), value("x=4, x=5"), value("2x = 10"), value("x = 2, 3")
+    ('204', '5', None, None, '2, 3')
+    """
+    if "=" not in text:
+        return text
+    left, *middle, last = text.split("=")
+    if _OTHER_RELATION.search(left + "=".join(middle)) or any(len(_cut(part)) != 1 for part in middle):
+        return None
+    if any(re.search(r"[0-9)}.]\s*(?:\\?[,;: ])*\s*[A-Za-z](?:_\w)?\s*$", part) for part in middle):
+        return None  # `x=5 y=6`
+    name = _SUBSCRIPT.sub("", left).strip(" $")
+    letters = {found for found in _LETTERS.findall(name) if len(found) == 1 or _GREEK_LETTER.match(found)}
+    if not (_NAMES.fullmatch(name) and not re.search(r"\\(?:frac|sqrt|sin|cos|tan|log|ln|exp)", name)):
+        if letters and (strict or len(letters) == 1):
+            return None
+        known = [found for part in (left, *middle) if (found := number(part)) is not None]
+        if not letters and known and (end := number(last)) is not None and any(k.value != end.value for k in known):
+            return None
+    return last.strip()
+
+
+_SAYS = re.compile(r"(?:the |my |our )?(?:final |correct |right )?(?:answer|result|value|total)(?: is|:|=)\s*", re.IGNORECASE)
+_ALL_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+
+
+def _unwrapped(answer: str) -> str:
+    r"""The answer in a spelling, out of the `\text{...}` that holds all of it, and without `The answer is`."""
+    text = bare(plain(bare(answer)))
+    if (found := _ALL_TEXT.fullmatch(text)) and re.match(r"\s*(?:[-+$\\]?[0-9]|[Tt]he|[Aa]nswer)", found[1]):
+        text = bare(plain(found[1]))
+    return _SAYS.sub("", text, count=1) if _SAYS.match(text) else text
+
+
 def _as_number(answer: str, rule: Rule) -> Number | None:
-    text = without_unit(bare(answer), rule.unit)
+    text = _unwrapped(answer)
+    if (found := number(text)) is not None:
+        return found
+    text = without_unit(_scaled(text), rule.unit)
     if rule.kind != "math":
-        text = bare(text.rpartition("=")[2])  # `m + n = 204`
-        words = re.search(r"(?<=[0-9}%$])\s*[A-Za-z][A-Za-z. ]*$", text)  # `18 dollars`
-        if words and not _NO_UNIT_WORDS.search(words[0]):
-            text = text[: words.start()]
-    return number(text)
+        right = value(text)
+        if right is None:
+            return None
+        text = bare(right)
+        if (found := number(text)) is not None:
+            return found
+        text = without_unit(text, rule.unit)
+    return number(without_words(text, rule.kind != "math"))
+
+
+_TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*(?:\\text\s*\{\s*)?([ap])?\.?\s*(?:m\.?)?\s*\}?", re.IGNORECASE)
+
+
+def _clock(text: str) -> tuple[int, int, int, str] | None:
+    found = _TIME.fullmatch(bare(re.sub(r"\\[,;: ]|~", " ", plain(text))))
+    return (int(found[1]), int(found[2]), int(found[3] or 0), (found[4] or "").lower()) if found else None
+
+
+def _same_time(a: tuple[int, int, int, str], b: tuple[int, int, int, str]) -> bool:
+    """Whether the hours are, of one that says am or pm and one that may count to 24 or not."""
+
+    def hours(time: tuple[int, int, int, str]) -> set[int]:
+        return {time[0] % 12 + (12 if time[3] == "p" else 0)} if time[3] else {time[0]}
+
+    same = hours(a) & hours(b) or (bool(a[3]) != bool(b[3]) and a[0] == b[0])
+    return bool(same) and a[1:3] == b[1:3]
+
+
+_BASE_WORDS = {
+    word: str(n) for n, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
+} | {"sixteen": "16"}
+_BASED = re.compile(
+    r"\(?([0-9A-F]+)\)?\s*(?:_\s*\{?\s*\(?|\\?[,;: ]*(?:\\text\s*\{\s*)?\(?\s*(?=(?:in )?base))"
+    r"(?:\\text\s*\{\s*)?(?:(?:in )?base\s*)?([0-9]{1,2}|[a-z]+)[\s)}]*"
+)
+
+
+def _based(text: str) -> tuple[str, str] | None:
+    """The digits and the base of a number that names its base; nobody converts it."""
+    found = _BASED.fullmatch(bare(plain(text)))
+    if found is None:
+        return None
+    base = _BASE_WORDS.get(found[2], found[2])
+    return (found[1].lstrip("0"), base) if base.isdigit() else None
+
+
+def _bracketed(text: str) -> str | None:
+    """The brackets around a list of several, by which a set differs from a point or an interval."""
+    text = squeezed(re.sub(r"^[^=({\[]*(?:\([^()]*\))?=", "", plain(text)))
+    inner = text[2:-2] if text.startswith(r"\{") and text.endswith(r"\}") else text[1:-1]
+    opening = text[: (len(text) - len(inner)) // 2]
+    if opening not in ("(", "[", r"\{") or text[-1:] not in ")]}" or len(_cut(inner)) < 2:
+        return None
+    depth = 0
+    for character in inner:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return None
+    return opening + text[-1]
+
+
+def _spelt(a: str, b: str) -> bool:
+    """Whether letters are a word, of which the order counts, and no product of variables."""
+    if sorted(a) != sorted(b):
+        return False
+    return bool(re.search("[eiou]", a)) or (len(a) > 2 and "a" in a and not re.fullmatch("[a-dxyz]+", a))
 
 
 # --- several answers
@@ -385,6 +532,7 @@ def matched(answers: Sequence[str], golds: Sequence[str], equal: Callable[[str, 
 
 def judge(answer: str, gold: str, rule: Rule) -> tuple[bool | None, str]:
     """The verdict where `quick` has none: `None` if the reference answer can't be read."""
+    answer, gold = plain(answer), plain(gold)
     golds = parts(gold) if rule.multiple else [gold]
     answers = parts(answer, len(golds)) if rule.multiple else [answer]
     if rule.multiple and len(answers) != len(golds):
@@ -502,7 +650,7 @@ def _latex(answer: str) -> str:
     >>> _latex(r"np.arcsin(10/13)"), _latex(r"y^{\prime}+\frac{d v}{d t}")
     ('\\arcsin(10/13)', '\\dot{y}+\\dot{v}')
     """
-    answer = without_unit(_scaled(bare(answer.translate(_CHARACTERS))))
+    answer = without_unit(_scaled(bare(plain(bare(answer)))))
     answer = re.sub(r"\\dot\s+([A-Za-z])", r"\\dot{\1}", answer)
     # A product: math-verify takes `3 (1/3)` for a mixed number.
     answer = re.sub(r"(?<![_^.0-9])([0-9]+)\s*(?=(?:\\left)?\()", r"\1 \\cdot ", answer)
