@@ -364,9 +364,10 @@ def value(text: str, strict: bool = False) -> str | None:
     >>> value("m + n = 204"), value("2 + 3 = 5"), value("x=4, x=5"), value("2x = 10"), value("x = 2, 3")
     ('204', '5', None, None, '2, 3')
     """
-    if "=" not in text:
+    left, *rest = _sides(text)
+    if not rest:
         return text
-    left, *middle, last = text.split("=")
+    *middle, last = rest
     if _OTHER_RELATION.search(left + "=".join(middle)) or any(len(_cut(part)) != 1 for part in middle):
         return None
     if any(re.search(r"[0-9)}.]\s*(?:\\?[,;: ])*\s*[A-Za-z](?:_\w)?\s*$", part) for part in middle):
@@ -380,6 +381,19 @@ def value(text: str, strict: bool = False) -> str | None:
         if not letters and known and (end := number(last)) is not None and any(k.value != end.value for k in known):
             return None
     return last.strip()
+
+
+def _sides(text: str) -> list[str]:
+    r"""The text cut at each `=` that is not in braces, as that of `\sum_{k=1}` is."""
+    if "=" not in text or "{" not in text:
+        return text.split("=")
+    sides, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if character == "=" and depth <= 0:
+            sides.append(text[start:at])
+            start = at + 1
+    return [*sides, text[start:]]
 
 
 _SAYS = re.compile(r"(?:the |my |our )?(?:final |correct |right )?(?:answer|result|value|total)(?: is|:|=)\s*", re.IGNORECASE)
@@ -482,7 +496,7 @@ def parts(text: str, expected: int | None = None) -> list[str]:
     >>> parts(r"(1,2), (3,4)"), parts(r"x = \pm 2 \text{ or } 5"), parts("2,400, 864", 2)
     (['(1,2)', '(3,4)'], ['+2', '-2', '5'], ['2400', '864'])
     """
-    text = re.sub(r"\s+", " ", _SPACING.sub(" ", bare(text).replace("{,}", "").replace(r",\!", "")))
+    text = re.sub(r"\s+", " ", _SPACING.sub(" ", bare(plain(text)).replace("{,}", "").replace(r",\!", "")))
     text = _NAME.sub("", text, count=1).strip()
     if text.startswith(r"\{") and text.endswith(r"\}") and text.count(r"\{") == 1:
         text = text[2:-2]
@@ -540,14 +554,92 @@ def judge(answer: str, gold: str, rule: Rule) -> tuple[bool | None, str]:
 
     def equal(answer: str, gold: str) -> bool:
         verdict = quick(answer, gold, rule)
-        return verdict[0] if verdict else _equal(answer, gold, rule)
+        return verdict[0] if verdict else _same(answer, gold, rule)
 
     if matched(answers, golds, equal):
         return True, "equal by math-verify"
     if not all(readable(part) for part in golds):
         return None, "the gold answer does not parse"  # other texts may well mean the same
-    read = all(_parse(part, not _symbolic(golds[0])) for part in answers)
+    read = all(_parse(part) for part in answers)
     return False, "different by math-verify" if read else "the answer does not parse"
+
+
+def _same(answer: str, gold: str, rule: Rule) -> bool:
+    """Equality by algebra, of what the two say: intervals for inequalities, and an equation never for its right side."""
+    ranges = _range(answer), _range(gold)
+    if all(ranges):
+        (name, answer), (gold_name, gold) = ranges  # type: ignore[misc]
+        if name and gold_name and name != gold_name:
+            return False
+    sides, gold_sides = _sides(answer), _sides(gold)
+    equations = [
+        len(each) > 1 and not _OTHER_RELATION.search(text) and len(_cut(text)) == 1
+        for each, text in ((sides, answer), (gold_sides, gold))
+    ]
+    if equations[0] and equations[1]:
+        left, right, gold_left, gold_right = sides[0], sides[-1], gold_sides[0], gold_sides[-1]
+        if left.strip() != gold_left.strip() and not re.search("[A-Za-z]", right + gold_right):
+            names = [left.strip(), gold_left.strip()]
+            if all(re.fullmatch("[A-Za-z]", name) for name in names):
+                return False  # x=2 against y=2
+    elif equations[0] and value(answer) is None:
+        return False
+    elif equations[1] and value(gold, strict=True) is None:
+        return False
+    return _equal(answer, gold, rule)
+
+
+_END = r"([^<>=\\]*(?:\\(?!leq|geq|neq|in(?![a-z])|mid|cup)[A-Za-z]+[^<>=\\]*)*)"
+_LESS, _MORE = r"(<|\\leq)", r"(>|\\geq)"
+_BELOW = re.compile(rf"{_END}{_LESS}\s*([A-Za-z])\s*(?:{_LESS}{_END})?")
+_ABOVE = re.compile(rf"{_END}{_MORE}\s*([A-Za-z])\s*(?:{_MORE}{_END})?")
+_FIRST_BELOW, _FIRST_ABOVE = re.compile(rf"\s*([A-Za-z])\s*{_LESS}{_END}"), re.compile(rf"\s*([A-Za-z])\s*{_MORE}{_END}")
+_APART = re.compile(r"\s*([A-Za-z])\s*\\neq(?![A-Za-z])" + _END)
+_BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid|\||:)(.*)\\\}", re.DOTALL)
+
+
+def _range(text: str) -> tuple[str | None, str] | None:
+    r"""The variable, if it is named, and the intervals of an inequality, several, or a set of them; otherwise `None`.
+
+    >>> _range(r"x<-1 \text{ or } x \geq 2"), _range(r"\{x \mid x > 3\}"), _range("(1,2)")
+    (('x', '(-\\infty,-1)\\cup[2,\\infty)'), ('x', '(3,\\infty)'), (None, '(1,2)'))
+    """
+    text = squeezed(text)
+    if built := _BUILDER.fullmatch(text):
+        text = built[2]
+    pieces = [_piece(piece.strip()) for piece in _LISTED.sub("\0", text).split("\0")]
+    if any(piece is None for piece in pieces):
+        return None
+    names = {name for name, _ in pieces if name}  # type: ignore[misc]
+    if len(names) > 1:
+        return None
+    return (names.pop() if names else None), r"\cup".join(where for _, where in pieces)  # type: ignore[misc]
+
+
+def _piece(text: str) -> tuple[str | None, str] | None:
+    if found := re.fullmatch(r"([A-Za-z])\\in(?![A-Za-z])(.*)", text):
+        inner = _piece(found[2].strip())
+        return (found[1], inner[1]) if inner and inner[0] is None else None
+    if not re.search(r"[<>]|\\(?:leq|geq|neq)(?![A-Za-z])", text):
+        interval = r"[(\[][^()\[\]]*(?:\([^()\[\]]*\)[^()\[\]]*)*,[^()\[\]]*(?:\([^()\[\]]*\)[^()\[\]]*)*[)\]]"
+        french = re.fullmatch(r"([\[\]])([^\[\]()]+,[^\[\]()]+)([\[\]])", text)
+        if french:
+            text = f"{'[' if french[1] == '[' else '('}{french[2]}{']' if french[3] == ']' else ')'}"
+        found = re.fullmatch(rf"{interval}(?:\\cup{interval})*|\\mathbb\{{R\}}(?:\\setminus\\\{{.*\\\}})?", text)
+        return (None, text) if found else None
+    if found := _APART.fullmatch(text):
+        return found[1], rf"(-\infty,{found[2]})\cup({found[2]},\infty)"
+    if found := _FIRST_BELOW.fullmatch(text):
+        return found[1], rf"(-\infty,{found[3]}{']' if 'leq' in found[2] else ')'}"
+    if found := _FIRST_ABOVE.fullmatch(text):
+        return found[1], rf"{'[' if 'geq' in found[2] else '('}{found[3]},\infty)"
+    if (found := _BELOW.fullmatch(text)) and found[1].strip():
+        end = rf"{found[5]}{']' if 'leq' in found[4] else ')'}" if found[4] else r"\infty)"
+        return found[3], rf"{'[' if 'leq' in found[2] else '('}{found[1]},{end}"
+    if (found := _ABOVE.fullmatch(text)) and found[1].strip():
+        start = rf"{'[' if 'geq' in found[4] else '('}{found[5]}" if found[4] else r"(-\infty"
+        return found[3], rf"{start},{found[1]}{']' if 'geq' in found[2] else ')'}"
+    return None
 
 
 def readable(gold: str) -> bool:
@@ -555,16 +647,15 @@ def readable(gold: str) -> bool:
     return (
         number(without_unit(squeezed(gold))) is not None
         or letter(gold) is not None
-        or any(not isinstance(reading, str) for reading in _parse(gold, not _symbolic(gold)))
+        or any(not isinstance(reading, str) for reading in _parse(gold))
     )
 
 
 def _equal(answer: str, gold: str, rule: Rule) -> bool:
     from math_verify import verify
 
-    units = not _symbolic(gold)
-    for gold_reading in _parse(gold, units):
-        for reading in _parse(answer, units):
+    for gold_reading in _parse(gold):
+        for reading in _parse(answer):
             try:
                 if (_vanishing(reading) and not _vanishing(gold_reading)) or _differ(reading, gold_reading, rule):
                     continue
@@ -577,10 +668,30 @@ def _equal(answer: str, gold: str, rule: Rule) -> bool:
             except Exception:  # sympy can't compare, say, a matrix with an interval: then they differ
                 continue
             # math-verify rounds to 6 places, which makes 1e-8 equal to 2e-8.
-            rounded = rule.tolerance is not None or rule.relative is not None
-            if (equal and near is not False) or (rounded and near):
+            rounded = rule.tolerance is not None or rule.relative is not None or _has_decimals(reading, gold_reading)
+            if (equal and near is not False) or (rounded and near) or (not equal and _where_real(reading, gold_reading)):
                 return True
     return False
+
+
+def _where_real(a: Any, b: Any) -> bool:
+    """Whether two expressions are equal for positive variables, and for others wherever they are real: √(1/n), 1/√n."""
+    from itertools import product
+
+    from sympy import Dummy, Expr, N, Pow, Rational, simplify
+
+    if not all(isinstance(x, Expr) and x.has(Pow) for x in (a, b)):
+        return False
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    if not 0 < len(symbols) <= 3 or len(str(a)) + len(str(b)) > 200:
+        return False
+    for signs in product((1, -1), repeat=len(symbols)):
+        point = {symbol: sign * Rational(7 + 3 * i, 5 + i) for i, (symbol, sign) in enumerate(zip(symbols, signs, strict=True))}
+        x, y = complex(N(a.subs(point))), complex(N(b.subs(point)))
+        if abs(x - y) > 1e-9 * abs(x) and (abs(x.imag) < 1e-12 or abs(y.imag) < 1e-12):
+            return False
+    positive = {symbol: Dummy(positive=True) for symbol in symbols}
+    return bool(simplify(a.doit().subs(positive) - b.doit().subs(positive)) == 0)
 
 
 def _vanishing(reading: Any) -> bool:
@@ -615,20 +726,24 @@ def _near(a: Any, b: Any, rule: Rule) -> bool | None:
 
     if not all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in (a, b)):
         return None
-    a, b = N(a.doit(), 30), N(b.doit(), 30)
-    if not (a.is_Float or a.is_Rational) or not (b.is_Float or b.is_Rational):
+    exact = rule.tolerance is None and rule.relative is None and not _has_decimals(a, b)
+    a, b = N(a.doit(), 60), N(b.doit(), 60)
+    (x, y), (u, v) = a.as_real_imag(), b.as_real_imag()
+    if not all(part.is_Float or part.is_Rational for part in (x, y, u, v)):
         return None
-    return close(a, b, rule)
+    if exact:  # math-verify takes two that agree to 15 places for equal
+        return bool(max(abs(x - u), abs(y - v)) <= Fraction(1, 10**40) * max(abs(x), abs(y), abs(u), abs(v), 1e-300))
+    return close(x, u, rule) and close(y, v, rule)
 
 
-def _symbolic(gold: str) -> bool:
-    """Whether letters in a reference answer are variables: then `6m` is not 6 metres."""
-    text = re.sub(_TEXT, "", gold)
-    return bool(re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)))
+def _has_decimals(*readings: Any) -> bool:
+    from sympy import Basic, Float
+
+    return any(isinstance(reading, Basic) and reading.has(Float) for reading in readings)
 
 
 @functools.lru_cache(maxsize=4096)  # a benchmark compares many samples with the same reference answer
-def _parse(answer: str, units: bool) -> list[Any]:
+def _parse(answer: str) -> list[Any]:
     """What math-verify reads in an answer: an expression and its text, only the text, or nothing."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
@@ -636,12 +751,18 @@ def _parse(answer: str, units: bool) -> list[Any]:
     # The box and nothing else. By default math-verify goes on to search an answer that it can't parse, and
     # takes the last fraction or number in it: it reads `\frac{7}{5} + \frac{1}{5} i.`, from MATH, as 1/5.
     normalization = NormalizationConfig(
-        basic_latex=True, units=units, malformed_operators=True, nits=True, boxed="all", equations=False
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
     box_only = LatexExtractionConfig(
         boxed_match_priority=0, try_extract_without_anchor=False, normalization_config=normalization
     )
-    return parse(f"\\boxed{{{_latex(answer)}}}", [box_only], extraction_mode="first_match", parsing_timeout=None)
+    latex = _latex(answer)
+    readings = parse(f"\\boxed{{{latex}}}", [box_only], extraction_mode="first_match", parsing_timeout=None)
+    if "i" not in latex or re.search(r"_\s*\{?\s*i(?![A-Za-z])", latex):  # an index
+        return readings
+    from sympy import Basic, I
+
+    return [r.subs({s: I for s in r.free_symbols if str(s) == "i"}) if isinstance(r, Basic) else r for r in readings]
 
 
 def _latex(answer: str) -> str:

@@ -247,6 +247,7 @@ def plain(text: str) -> str:
 def _plain(text: str) -> str:
     if not text.isascii():
         text = _ascii(text)
+    text = re.sub(r"\s{2,}", " ", text)
     text = text.replace(r"\[", " ").replace(r"\]", " ").replace(r"\(", " ").replace(r"\)", " ")
     if r"\begin" not in text:
         # A doubled backslash is one that went through JSON, or the end of a line.

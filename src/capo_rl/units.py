@@ -28,6 +28,7 @@ _QUANTITY = re.compile(
     r"(?:\s*(?:\\times|\\cdot|\*)\s*10\^(?:\{[-+]?[0-9]+\}|[0-9]))?\s*(?:\\?%)?)(?=[^0-9])\s*(.+)",
     re.DOTALL,
 )
+_LONGEST = 200  # characters of a number and its unit
 _TEXT = re.compile(r"\\(?:text|mathrm)\s*\{([^{}]*)\}")
 
 
@@ -39,7 +40,7 @@ def without_words(text: str, letters: bool) -> str:
     >>> without_words("10 km/h", True), without_words("18 apples", False), without_words("5 x", True)
     ('10', '18', '5 x')
     """
-    found = _QUANTITY.fullmatch(text.strip())
+    found = _QUANTITY.fullmatch(text.strip()) if len(text) <= _LONGEST else None
     return found[1].strip() if found and _is_unit(found[2], letters) else text
 
 
