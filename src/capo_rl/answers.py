@@ -350,10 +350,8 @@ _OTHER_RELATION = re.compile(
 _LETTERS = re.compile(r"\\(?:text|mathrm)\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]")
 _GREEK_LETTER = re.compile(r"\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega)$")
 _SUBSCRIPT = re.compile(r"_(?:\{[^{}]*\}|\w)|\^?\{?(?:'|\\prime)\}?")
-_NAMES = re.compile(
-    r"(?:\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z ]+|\\(?:angle|triangle|overline|vec|hat|bar|widehat)\s*|[{}|]|\\[a-zA-Z]+)+"
-    r"(?:\([^()=]*\))?|\([A-Za-z\\ ]+(?:,\s*[A-Za-z\\ ]+)*\)|[A-Za-z](?:,\s*[A-Za-z])+"
-)
+_CALLED = re.compile(r"[A-Za-z |{}]+(?:\([^()=]*\))?|\(?[A-Za-z ]+(?:,[A-Za-z ]+)*\)?")
+_OF_FUNCTION = re.compile(r"\\(?:frac|sqrt|sin|cos|tan|log|ln|exp)(?![A-Za-z])")
 
 
 def value(text: str, strict: bool = False) -> str | None:
@@ -374,7 +372,7 @@ def value(text: str, strict: bool = False) -> str | None:
         return None  # `x=5 y=6`
     name = _SUBSCRIPT.sub("", left).strip(" $")
     letters = {found for found in _LETTERS.findall(name) if len(found) == 1 or _GREEK_LETTER.match(found)}
-    if not (_NAMES.fullmatch(name) and not re.search(r"\\(?:frac|sqrt|sin|cos|tan|log|ln|exp)", name)):
+    if _OF_FUNCTION.search(name) or not _CALLED.fullmatch(_LETTERS.sub("a", name)):
         if letters and (strict or len(letters) == 1):
             return None
         known = [found for part in (left, *middle) if (found := number(part)) is not None]
