@@ -655,6 +655,8 @@ def _equal(answer: str, gold: str, rule: Rule) -> bool:
     for gold_reading in _parse(gold):
         for reading in _parse(answer):
             try:
+                if _identical(reading, gold_reading):
+                    return True
                 if (_vanishing(reading) and not _vanishing(gold_reading)) or _differ(reading, gold_reading, rule):
                     continue
                 equal = verify(
@@ -690,6 +692,15 @@ def _where_real(a: Any, b: Any) -> bool:
             return False
     positive = {symbol: Dummy(positive=True) for symbol in symbols}
     return bool(simplify(a.doit().subs(positive) - b.doit().subs(positive)) == 0)
+
+
+def _identical(a: Any, b: Any) -> bool:
+    """Whether two expressions are one as soon as sympy has put them in order, which is most of those that are equal."""
+    from sympy import Expr, Float, Symbol
+
+    if not all(isinstance(x, Expr) and not isinstance(x, Symbol) and not x.has(Float) for x in (a, b)):
+        return False
+    return bool(a == b or a.doit() == b.doit())
 
 
 def _vanishing(reading: Any) -> bool:
