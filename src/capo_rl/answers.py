@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from capo_rl.formula import formula
 from capo_rl.notation import plain
 from capo_rl.units import changes, without_words
 
@@ -652,6 +653,13 @@ def readable(gold: str) -> bool:
 def _equal(answer: str, gold: str, rule: Rule) -> bool:
     from math_verify import verify
 
+    if rule.tolerance is None and rule.relative is None:
+        a, b = formula(_latex(answer)), formula(_latex(gold))
+        if a is not None and b is not None:
+            if _identical(a, b):
+                return True
+            if _differ(a, b, rule):
+                return False
     for gold_reading in _parse(gold):
         for reading in _parse(answer):
             try:
