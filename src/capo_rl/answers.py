@@ -153,7 +153,7 @@ def squeezed(text: str) -> str:
     >>> squeezed(r"\left( 3,\, \dfrac{\pi}{2} \right)")
     '(3,\\frac{\\pi}{2})'
     """
-    text = _UNNEEDED_SPACE.sub("", _SPACING.sub(" ", bare(plain(bare(text)))).replace("{,}", ","))
+    text = _UNNEEDED_SPACE.sub("", _SPACING.sub(" ", bare(plain(text))).replace("{,}", ","))
     while text.startswith("{") and _BRACED.fullmatch(text):
         text = text[1:-1]
     return bare(text)
@@ -203,7 +203,7 @@ def letter(text: str) -> str | None:
     text = re.sub(r"\\(?:text|textbf|mathbf|mathrm)\s*\{([^{}]*)\}", r"\1", bare(text)).strip(" *")
     text = re.sub(r"\\[,;: ]|~", " ", text)
     text = re.sub(r"(?i)^(?:(?:the |my )?(?:final |correct )?(?:answer|option|choice)(?: is)?[:\s]+){1,2}", "", text)
-    text = text.strip(" *.")
+    text = re.sub(r"^\[([A-Za-z])\]$", r"\1", text.strip(" *."))
     found = re.fullmatch(r"\(?([A-Za-z])\)?|\(?([A-Za-z])(?:\)|[.:])\s.*", text, re.DOTALL)
     return (found[1] or found[2]).upper() if found else None
 
@@ -401,7 +401,7 @@ _ALL_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 def _unwrapped(answer: str) -> str:
     r"""The answer in a spelling, out of the `\text{...}` that holds all of it, and without `The answer is`."""
-    text = bare(plain(bare(answer)))
+    text = bare(plain(answer))
     if (found := _ALL_TEXT.fullmatch(text)) and re.match(r"\s*(?:[-+$\\]?[0-9]|[Tt]he|[Aa]nswer)", found[1]):
         text = bare(plain(found[1]))
     return _SAYS.sub("", text, count=1) if _SAYS.match(text) else text
@@ -446,7 +446,7 @@ _BASE_WORDS = {
 } | {"sixteen": "16"}
 _BASED = re.compile(
     r"\(?([0-9A-F]+)\)?\s*(?:_\s*\{?\s*\(?|\\?[,;: ]*(?:\\text\s*\{\s*)?\(?\s*(?=(?:in )?base))"
-    r"(?:\\text\s*\{\s*)?(?:(?:in )?base\s*)?([0-9]{1,2}|[a-z]+)[\s)}]*"
+    r"(?:\\text\s*\{\s*)?(?:(?:in )?base[\s}]*)?([0-9]{1,2}|[a-z]+)[\s)}]*"
 )
 
 
@@ -581,6 +581,11 @@ def _same(answer: str, gold: str, rule: Rule) -> bool:
             names = [left.strip(), gold_left.strip()]
             if all(re.fullmatch("[A-Za-z]", name) for name in names):
                 return False  # x=2 against y=2
+        called = [re.fullmatch(r"\s*[A-Za-z]\([A-Za-z]\)\s*", name) for name in (left, gold_left)]
+        if len(sides) == len(gold_sides) == 2 and sum(map(bool, called)) == 1:
+            named, name = (gold_left, left) if called[1] else (left, gold_left)
+            if re.fullmatch(r"\s*[A-Za-z]\s*", name) and name.strip() not in named:
+                return _equal(right, gold_right, rule)  # y = 2x and f(x) = 2x
     elif equations[0] and value(answer) is None:
         return False
     elif equations[1] and value(gold, strict=True) is None:
@@ -744,13 +749,20 @@ def _near(a: Any, b: Any, rule: Rule) -> bool | None:
     if not all(isinstance(x, Expr) and x.is_number and not x.has(UnevaluatedExpr) for x in (a, b)):
         return None
     exact = rule.tolerance is None and rule.relative is None and not _has_decimals(a, b)
-    a, b = N(a.doit(), 60), N(b.doit(), 60)
+    a, b = (N(_exactly(x).doit(), 60) for x in (a, b))
     (x, y), (u, v) = a.as_real_imag(), b.as_real_imag()
     if not all(part.is_Float or part.is_Rational for part in (x, y, u, v)):
         return None
     if exact:  # math-verify takes two that agree to 15 places for equal
         return bool(max(abs(x - u), abs(y - v)) <= Fraction(1, 10**40) * max(abs(x), abs(y), abs(u), abs(v), 1e-300))
     return close(x, u, rule) and close(y, v, rule)
+
+
+def _exactly(reading: Any) -> Any:
+    """An expression with the fractions that its decimals are, so that 10^20 + 0.5 is not 10^20."""
+    from sympy import Float, Rational
+
+    return reading.xreplace({decimal: Rational(str(decimal)) for decimal in reading.atoms(Float)})
 
 
 def _has_decimals(*readings: Any) -> bool:

@@ -231,6 +231,10 @@ def _mixed(found: re.Match[str]) -> str:
 
 # --- all of it
 
+_DOUBLED = re.compile(
+    r"\\\\(?=[{}%$]|(?:[dt]?frac|sqrt|pi|text|cdot|times|left|right|math|infty|theta|alpha|beta|log|ln|sin|cos|tan|pm|leq?|geq?"
+    r"|neq?|cup|cap|in|circ|overline|emptyset|angle)(?![a-z]))"
+)
 _NEEDS_NOTHING = re.compile(r"[-+0-9,]*(?:\.[0-9]*)?")
 
 
@@ -251,7 +255,7 @@ def _plain(text: str) -> str:
     text = text.replace(r"\[", " ").replace(r"\]", " ").replace(r"\(", " ").replace(r"\)", " ")
     if r"\begin" not in text:
         # A doubled backslash is one that went through JSON, or the end of a line.
-        text = re.sub(r"\\\\\s*$|^\s*\\\\(?![A-Za-z])", "", re.sub(r"\\\\(?=[A-Za-z{}%$])", r"\\", text))
+        text = re.sub(r"\\\\\s*$|^\s*\\\\(?![A-Za-z])", "", _DOUBLED.sub(r"\\", text))
     if "\\" in text:
         text = _COMMAND.sub(_command, text)
         text = _NAMED.sub(lambda found: found[1] if len(found[1]) == 1 else _word(found), text)
