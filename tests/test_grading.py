@@ -173,6 +173,24 @@ def test_any_text_gets_a_verdict(grader, text, gold):
     assert verdict.correct in (True, False, None) and verdict.reason
 
 
+CASES = [
+    (path.stem, case)
+    for path in sorted((Path(__file__).parent / "cases").glob("*.jsonl"))
+    for case in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+]
+
+
+@pytest.mark.parametrize("name", ["grading", "kinds"])
+def test_what_models_write(name):
+    """`grading`: pairs from public reports of graders; `kinds`: more of each kind, with answers that are wrong."""
+    cases = [case for stem, case in CASES if stem == name]
+    rules = [Rule(**{key: case[key] for key in ("kind", "multiple", "relative", "fallbacks")}) for case in cases]
+    with Grader(workers=2) as patient:
+        verdicts = patient.grade_all([c["completion"] for c in cases], [c["gold"] for c in cases], rules)
+    assert len(cases) > 200
+    assert [(c, v) for c, v in zip(cases, verdicts, strict=True) if v.correct is not c["expected"]] == []
+
+
 # --- deadlines, memory, and processes
 
 

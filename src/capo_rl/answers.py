@@ -219,7 +219,9 @@ _LIST_OF_TWO = re.compile(r"[0-9],[\s~]+[0-9]")  # `32, 349`, not 32349; but `32
 _QUOTIENT = re.compile(
     rf"([+-]?)(?:\\frac(?:\{{(-?{_DECIMAL})\}}|([0-9]))(?:\{{({_DECIMAL})\}}|([0-9]))|({_DECIMAL})/({_DECIMAL}))"
 )
-_CURRENCY = re.compile(r"^([+-]?)(?:US)?(?:\\text\s*\{\s*)?(?:\\?\$|[€£¥₹₩¢]|(?:USD|EUR|GBP|Rs)\.?\s?)(?:\s*\})?|\\?\$$|[€£¥₹₩¢]$")
+_CURRENCY = re.compile(
+    r"^([+-]?)(?:US)?(?:\\text\s*\{\s*)?(?:\\?\$|[€£¥₹₩¢]|(?:USD|EUR|GBP|Rs)\.?\s?)(?:\s*\})?|\\?\$$|[€£¥₹₩¢]$"
+)
 _DEGREES = re.compile(r"\^(?:\{\\circ\}|\\circ)$|\\degree$")
 _NAME = re.compile(r"^\(?[A-Za-z](?:_(?:\w|\{\w+\}))?(?:, ?[A-Za-z](?:_(?:\w|\{\w+\}))?)*\)?\s*(?:=|\\in(?![A-Za-z]))")
 
@@ -309,16 +311,17 @@ def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
     if a is not None and b is not None:
         return _compared(a, b, rule)
     # What follows would be read as numbers, products or points by an algebra that knows nothing of it.
-    for read, what in ((_clock, "time"), (_based, "number"), (_bracketed, "kind of brackets")):
-        x, y = read(answer), read(gold)
-        if x is not None and y is not None and x != y and (read is not _clock or not _same_time(x, y)):
-            return False, f"another {what}"
-        if read is _clock and x is not None and y is not None:
-            return True, "the same time"
-        if read is _based and (x is None) != (y is None) and (a is not None or b is not None):
-            return False, "a number with a base against one without"
-        if read is _based and x is not None and x == y:
-            return True, "the same number"
+    times = _clock(answer), _clock(gold)
+    if times[0] is not None and times[1] is not None:
+        return (True, "the same time") if _same_time(times[0], times[1]) else (False, "another time")
+    bases = _based(answer), _based(gold)
+    if bases[0] is not None and bases[1] is not None:
+        return (True, "the same number") if bases[0] == bases[1] else (False, "another number")
+    if any(bases) and (a is not None or b is not None):
+        return False, "a number that names its base against one that does not"
+    brackets = _bracketed(answer), _bracketed(gold)
+    if all(brackets) and brackets[0] != brackets[1]:
+        return False, "another kind of brackets"
     words, gold_words = _words(text), _words(gold_text)
     if words is not None and gold_words is not None and ("\\" in text[:1] + gold_text[:1] or _spelt(words, gold_words)):
         return (True, "the same words") if words == gold_words else (False, "other words")
@@ -395,7 +398,9 @@ def _sides(text: str) -> list[str]:
     return [*sides, text[start:]]
 
 
-_SAYS = re.compile(r"(?:the |my |our )?(?:final |correct |right )?(?:answer|result|value|total)(?: is|:|=)\s*", re.IGNORECASE)
+_SAYS = re.compile(
+    r"(?:the |my |our )?(?:final |correct |right )?(?:answer|result|value|total)(?: is|:|=)\s*", re.IGNORECASE
+)
 _ALL_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 
 
@@ -423,7 +428,9 @@ def _as_number(answer: str, rule: Rule) -> Number | None:
     return number(without_words(text, rule.kind != "math"))
 
 
-_TIME = re.compile(r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*(?:\\text\s*\{\s*)?([ap])?\.?\s*(?:m\.?)?\s*\}?", re.IGNORECASE)
+_TIME = re.compile(
+    r"([0-9]{1,2}):([0-5][0-9])(?::([0-5][0-9]))?\s*(?:\\text\s*\{\s*)?([ap])?\.?\s*(?:m\.?)?\s*\}?", re.IGNORECASE
+)
 
 
 def _clock(text: str) -> tuple[int, int, int, str] | None:
@@ -442,7 +449,10 @@ def _same_time(a: tuple[int, int, int, str], b: tuple[int, int, int, str]) -> bo
 
 
 _BASE_WORDS = {
-    word: str(n) for n, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)
+    word: str(n)
+    for n, word in enumerate(
+        ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 2
+    )
 } | {"sixteen": "16"}
 _BASED = re.compile(
     r"\(?([0-9A-F]+)\)?\s*(?:_\s*\{?\s*\(?|\\?[,;: ]*(?:\\text\s*\{\s*)?\(?\s*(?=(?:in )?base))"
@@ -564,7 +574,7 @@ def judge(answer: str, gold: str, rule: Rule) -> tuple[bool | None, str]:
 
 
 def _same(answer: str, gold: str, rule: Rule) -> bool:
-    """Equality by algebra, of what the two say: intervals for inequalities, and an equation never for its right side."""
+    """Equality by algebra, of what the two say: intervals for inequalities, and all of an equation."""
     ranges = _range(answer), _range(gold)
     if all(ranges):
         (name, answer), (gold_name, gold) = ranges  # type: ignore[misc]
@@ -586,9 +596,7 @@ def _same(answer: str, gold: str, rule: Rule) -> bool:
             named, name = (gold_left, left) if called[1] else (left, gold_left)
             if re.fullmatch(r"\s*[A-Za-z]\s*", name) and name.strip() not in named:
                 return _equal(right, gold_right, rule)  # y = 2x and f(x) = 2x
-    elif equations[0] and value(answer) is None:
-        return False
-    elif equations[1] and value(gold, strict=True) is None:
+    elif (equations[0] and value(answer) is None) or (equations[1] and value(gold, strict=True) is None):
         return False
     return _equal(answer, gold, rule)
 
@@ -597,7 +605,10 @@ _END = r"([^<>=\\]*(?:\\(?!leq|geq|neq|in(?![a-z])|mid|cup)[A-Za-z]+[^<>=\\]*)*)
 _LESS, _MORE = r"(<|\\leq)", r"(>|\\geq)"
 _BELOW = re.compile(rf"{_END}{_LESS}\s*([A-Za-z])\s*(?:{_LESS}{_END})?")
 _ABOVE = re.compile(rf"{_END}{_MORE}\s*([A-Za-z])\s*(?:{_MORE}{_END})?")
-_FIRST_BELOW, _FIRST_ABOVE = re.compile(rf"\s*([A-Za-z])\s*{_LESS}{_END}"), re.compile(rf"\s*([A-Za-z])\s*{_MORE}{_END}")
+_FIRST_BELOW, _FIRST_ABOVE = (
+    re.compile(rf"\s*([A-Za-z])\s*{_LESS}{_END}"),
+    re.compile(rf"\s*([A-Za-z])\s*{_MORE}{_END}"),
+)
 _APART = re.compile(r"\s*([A-Za-z])\s*\\neq(?![A-Za-z])" + _END)
 _BUILDER = re.compile(r"\\\{\s*([A-Za-z])\s*(?:\\in\s*\\mathbb\s*\{R\}\s*)?(?:\\mid|\||:)(.*)\\\}", re.DOTALL)
 
@@ -656,35 +667,41 @@ def readable(gold: str) -> bool:
 
 
 def _equal(answer: str, gold: str, rule: Rule) -> bool:
-    from math_verify import verify
-
     if rule.tolerance is None and rule.relative is None:
         a, b = formula(_latex(answer)), formula(_latex(gold))
-        if a is not None and b is not None:
-            if _identical(a, b):
-                return True
-            if _differ(a, b, rule):
-                return False
-    for gold_reading in _parse(gold):
-        for reading in _parse(answer):
-            try:
-                if _identical(reading, gold_reading):
-                    return True
-                if (_vanishing(reading) and not _vanishing(gold_reading)) or _differ(reading, gold_reading, rule):
-                    continue
-                equal = verify(
-                    gold_reading, reading, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
-                )
-                near = _near(reading, gold_reading, rule)
-            except (MemoryError, RecursionError):
-                raise
-            except Exception:  # sympy can't compare, say, a matrix with an interval: then they differ
-                continue
-            # math-verify rounds to 6 places, which makes 1e-8 equal to 2e-8.
-            rounded = rule.tolerance is not None or rule.relative is not None or _has_decimals(reading, gold_reading)
-            if (equal and near is not False) or (rounded and near) or (not equal and _where_real(reading, gold_reading)):
-                return True
-    return False
+        if a is not None and b is not None and _attempted(_identical, a, b):
+            return True
+        if a is not None and b is not None and _differ(a, b, rule):
+            return False
+    return any(
+        _attempted(_readings_equal, reading, gold_reading, rule)
+        for gold_reading in _parse(gold)
+        for reading in _parse(answer)
+    )
+
+
+def _attempted(equal: Callable[..., bool], *of: Any) -> bool:
+    """Whether they are equal; what sympy can't compare, say a matrix with an interval, differs."""
+    try:
+        return equal(*of)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:
+        return False
+
+
+def _readings_equal(reading: Any, gold: Any, rule: Rule) -> bool:
+    from math_verify import verify
+
+    if _identical(reading, gold):
+        return True
+    if (_vanishing(reading) and not _vanishing(gold)) or _differ(reading, gold, rule):
+        return False
+    equal = verify(gold, reading, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True)
+    near = _near(reading, gold, rule)
+    # math-verify rounds to 6 places, which makes 1e-8 equal to 2e-8.
+    rounded = rule.tolerance is not None or rule.relative is not None or _has_decimals(reading, gold)
+    return (equal and near is not False) or bool(rounded and near) or (not equal and _where_real(reading, gold))
 
 
 def _where_real(a: Any, b: Any) -> bool:
@@ -699,7 +716,10 @@ def _where_real(a: Any, b: Any) -> bool:
     if not 0 < len(symbols) <= 3 or len(str(a)) + len(str(b)) > 200:
         return False
     for signs in product((1, -1), repeat=len(symbols)):
-        point = {symbol: sign * Rational(7 + 3 * i, 5 + i) for i, (symbol, sign) in enumerate(zip(symbols, signs, strict=True))}
+        point = {
+            symbol: sign * Rational(7 + 3 * i, 5 + i)
+            for i, (symbol, sign) in enumerate(zip(symbols, signs, strict=True))
+        }
         x, y = complex(N(a.subs(point))), complex(N(b.subs(point)))
         if abs(x - y) > 1e-9 * abs(x) and (abs(x.imag) < 1e-12 or abs(y.imag) < 1e-12):
             return False
@@ -791,7 +811,13 @@ def _parse(answer: str) -> list[Any]:
         return readings
     from sympy import Basic, I
 
-    return [r.subs({s: I for s in r.free_symbols if str(s) == "i"}) if isinstance(r, Basic) else r for r in readings]
+    def complex_(reading: Any) -> Any:
+        try:
+            return reading.subs({s: I for s in reading.free_symbols if str(s) == "i"})
+        except ValueError:  # an interval has no complex ends
+            return reading
+
+    return [complex_(reading) if isinstance(reading, Basic) else reading for reading in readings]
 
 
 def _latex(answer: str) -> str:

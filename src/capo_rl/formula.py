@@ -9,7 +9,9 @@ import functools
 import re
 from typing import Any
 
-_TOKEN = re.compile(r"\s*(?:([0-9]{1,300})(?![0-9.,!])|([A-DF-Za-z])(?![A-Za-z(_!'])|(\\(?:frac|sqrt|pi|cdot|times)(?![A-Za-z])|[-+*/^(){}\[\]]))")
+_TOKEN = re.compile(
+    r"\s*(?:([0-9]{1,300})(?![0-9.,!])|([A-DF-Za-z])(?![A-Za-z(_!'])|(\\(?:frac|sqrt|pi|cdot|times)(?![A-Za-z])|[-+*/^(){}\[\]]))"
+)
 
 
 class _Unknown(Exception):
@@ -35,7 +37,7 @@ def formula(latex: str) -> Any | None:
         reader = _Reader(tokens)
         expression = reader.sum()
         reader.end()
-    except _Unknown:
+    except (_Unknown, ValueError, ZeroDivisionError, OverflowError):
         return None
     return expression
 

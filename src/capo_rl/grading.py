@@ -306,8 +306,8 @@ def accuracy_reward(
 ) -> list[float | None]:
     r"""TRL reward: 1.0 where the boxed answer equals `answer`, 0.0 where not, `None` if it can't be graded.
 
-    Each answer has 5 seconds of processor time. Logs how many answers of this batch timed out, how many had to be graded
-    twice as the machine was busy, and how many could not be graded (time-outs among them).
+    Each answer has 5 seconds of processor time. Logs how many answers of this batch timed out, how many had to be
+    graded twice as the machine was busy, and how many could not be graded (time-outs among them).
 
     >>> accuracy_reward([r"$\boxed{4}$", [{"role": "assistant", "content": r"\boxed{5}"}]], ["4", "4"])
     [1.0, 0.0]

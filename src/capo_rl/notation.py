@@ -13,9 +13,31 @@ import unicodedata
 
 # --- characters
 
-_GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega"
-).split()
+_GREEK = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+    "upsilon",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+]
 _VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 _HIGH, _LOW = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣᵃᵇᶜᵏᵐ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₓₐ"
 _SYMBOLS = {
@@ -105,7 +127,25 @@ def _ascii(text: str) -> str:
 
 # --- commands
 
-_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc exp log ln lg cis".split()
+_FUNCTIONS = [
+    "arcsin",
+    "arccos",
+    "arctan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "exp",
+    "log",
+    "ln",
+    "lg",
+    "cis",
+]
 _NOTHING = (
     "displaystyle textstyle scriptstyle limits nolimits left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr "
     "bf rm it tt sf bfseries boldmath large Large normalsize quad qquad mathstrut"
@@ -113,8 +153,10 @@ _NOTHING = (
 _COMMANDS = {
     **dict.fromkeys(_NOTHING.split(), " "),
     **dict.fromkeys(["dfrac", "tfrac", "cfrac"], r"\frac"),
-    **dict.fromkeys("textbf textit textrm textnormal textsf texttt textup emph mbox hbox".split(), r"\text"),
-    **dict.fromkeys("mathbf bm boldsymbol mathit mathnormal pmb".split(), ""),
+    **dict.fromkeys(
+        ["textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "textup", "emph", "mbox", "hbox"], r"\text"
+    ),
+    **dict.fromkeys(["mathbf", "bm", "boldsymbol", "mathit", "mathnormal", "pmb"], ""),
     **dict.fromkeys(["le", "leqslant"], r"\leq"),
     **dict.fromkeys(["ge", "geqslant"], r"\geq"),
     **dict.fromkeys(["varnothing", "empty"], r"\emptyset"),
@@ -144,7 +186,9 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)(?:(?<=left)\.|(?<=right)\.)?")
 _NAMED = re.compile(rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({'|'.join(_FUNCTIONS)}|[eid])\s*\}}")
 _TEXT = re.compile(r"(\\(?:text|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\})")
 _WORDS = re.compile(rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)}|sqrt|{'|'.join(_GREEK)}|infinity|infty|inf)(?![A-Za-z])")
-_PERCENT = re.compile(r"\\text\s*\{\s*(?:percent|per cent|pct)\s*\}|(?<=[0-9} ])\s*\b(?:percent|per cent|pct)\b(?![^{]*\})")
+_PERCENT = re.compile(
+    r"\\text\s*\{\s*(?:percent|per cent|pct)\s*\}|(?<=[0-9} ])\s*\b(?:percent|per cent|pct)\b(?![^{]*\})"
+)
 
 
 def _command(found: re.Match[str]) -> str:
