@@ -37,7 +37,9 @@ def formula(latex: str) -> Any | None:
         reader = _Reader(tokens)
         expression = reader.sum()
         reader.end()
-    except (_Unknown, ValueError, ZeroDivisionError, OverflowError):
+    except (MemoryError, RecursionError):
+        raise
+    except Exception:  # no such formula, or one that sympy has no value for
         return None
     return expression
 
