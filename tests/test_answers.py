@@ -119,9 +119,9 @@ def test_an_empty_box_hides_no_stated_answer():
 @pytest.mark.parametrize("unit", ["answer is ", "####", "answer", "answer*", "****", "\n####", "<think>", "</think>"])
 def test_fallbacks_are_linear(unit):
     text = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     Grader().grade(text, "1", Rule(fallbacks=True))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 # --- numbers

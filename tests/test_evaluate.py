@@ -319,17 +319,23 @@ def test_hostile_text_comes_back_as_it_was(tmp_path):
     assert regrade(tmp_path).changed == 0
 
 
-def test_regrade_says_what_changed(tmp_path, loaded):
+def test_regrade_says_what_changed(tmp_path, loaded, capsys):
     evaluation = evaluate(SMALL, ["gsm8k"], tmp_path)
     before = (tmp_path / "gsm8k.jsonl").read_bytes()
-    assert dataclasses.astuple(regrade(tmp_path)) == (30, 0, 0, 0, ())
+    assert dataclasses.astuple(regrade(tmp_path)) == (30, 0, 0, 0, (), ())
     assert (tmp_path / "gsm8k.jsonl").read_bytes() == before
 
     answers = [answer for line in evaluation["gsm8k"] for answer in line["completions"]]
     right, wrong = (next(answer for answer in answers if answer["correct"] is verdict) for verdict in (True, False))
     right["correct"], wrong["correct"] = None, True
+    right["reason"] = "timed out"
     (tmp_path / "gsm8k.jsonl").write_bytes(b"".join(map(module._encoded, evaluation["gsm8k"])))
-    assert dataclasses.astuple(regrade(tmp_path)) == (30, 2, 1, 1, ())
+    assert main(["regrade", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 30 verdicts changed (1 to right, 1 from right)" in shown
+    assert (
+        ": no verdict (timed out), now right (the same " in shown and ": right (" in shown and ", now wrong (" in shown
+    )
     assert (tmp_path / "gsm8k.jsonl").read_bytes() == before
 
 

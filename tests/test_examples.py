@@ -10,11 +10,44 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("stock", [False, True])
-def test_the_trl_script_trains(tmp_path, stock, capsys):
-    spec = importlib.util.spec_from_file_location("trl_script", EXAMPLES / "trl_script.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    first, last = script.main(["--max-steps", "2", "--output-dir", str(tmp_path), *(["--stock"] if stock else [])])
+    return script
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_trl_script_trains(tmp_path, stock, capsys):
+    first, last = example("trl_script").main(
+        ["--max-steps", "2", "--output-dir", str(tmp_path), *(["--stock"] if stock else [])]
+    )
     assert 0 <= first <= 1 and 0 <= last <= 1
     assert "reward of the first tenth" in capsys.readouterr().out
+
+
+def test_the_verl_reward_scores_right_wrong_and_what_has_no_verdict():
+    compute_score = example("verl_reward").compute_score
+    assert compute_score("math", r"\boxed{\sqrt{2}/2}", r"\frac{1}{\sqrt{2}}", {}) == {
+        "score": 1.0, "acc": True, "graded": True,
+    }  # fmt: skip
+    assert compute_score("math", r"\boxed{2}", "3")["score"] == 0.0
+    assert compute_score("math", r"\boxed{2}", "x^") == {"score": 0.0, "acc": False, "graded": False}
+
+
+def test_verl_loads_the_reward():
+    trainer = pytest.importorskip("verl.trainer.ppo.reward", reason="verl is not installed")
+    settings = {"path": str(EXAMPLES / "verl_reward.py"), "name": "compute_score"}
+    config = pytest.importorskip("omegaconf").OmegaConf.create({"reward": {"custom_reward_function": settings}})
+    score = trainer.get_custom_reward_fn(config)("math", r"\boxed{2}", "2", extra_info={})
+    assert score == {"score": 1.0, "acc": True, "graded": True}
+
+
+def test_the_harness_filters_by_the_grader():
+    filters = pytest.importorskip("lm_eval.filters", reason="lm-evaluation-harness is not installed")
+    example("lm_eval_filter")
+    ensemble = filters.build_filter_ensemble("capo", [["capo", {"gold": "answer"}], ["take_first", None]])
+    ensemble_filter = ensemble.filters[0]()
+    docs = [{"answer": r"\frac{1}{2}"}, {"answer": "3"}]
+    filtered = ensemble_filter.apply([[r"So \boxed{0.5}"], [r"\boxed{4}"]], docs)
+    assert filtered[0] == [r"\frac{1}{2}"] and filtered[1] != ["3"]

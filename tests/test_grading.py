@@ -76,9 +76,9 @@ def test_a_balanced_box_comes_back_whole(before, content, after):
 @pytest.mark.parametrize("unit", ["{", "}", "\\boxed{", "\\boxed", "\\", "\\boxed ", "\\boxed{{}", "\0"])
 def test_extraction_is_linear(unit):
     text = unit * (1_000_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     extract_answer(text)
-    assert time.perf_counter() - start < 3  # a quadratic scan of 1 MB takes minutes
+    assert time.process_time() - start < 3  # a quadratic scan of 1 MB takes minutes
 
 
 # --- verdicts
@@ -152,10 +152,10 @@ HOSTILE = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "grading
 @pytest.mark.parametrize("case", HOSTILE, ids=list(HOSTILE))
 def test_hostile_text_ends_in_a_verdict(grader, case):
     text, gold = HOSTILE[case]
-    start = time.monotonic()
+    start = time.process_time()  # what is done here, beside the processes that have a deadline
     verdict = grader.grade(text, gold)
     assert verdict.correct is not True and verdict.reason
-    assert time.monotonic() - start < grader.deadline + 10  # the deadline, and a new process's imports
+    assert time.process_time() - start < 3
 
 
 def test_hostile_text_is_no_choice():
@@ -172,21 +172,52 @@ def test_any_text_gets_a_verdict(grader, text, gold):
     assert verdict.correct in (True, False, None) and verdict.reason
 
 
+CASES = [
+    (path.stem, case)
+    for path in sorted((Path(__file__).parent / "cases").glob("*.jsonl"))
+    for case in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+]
+
+
+@pytest.mark.parametrize("name", ["grading", "kinds"])
+def test_what_models_write(name):
+    """`grading`: pairs from public reports of graders; `kinds`: more of each kind, with answers that are wrong."""
+    cases = [case for stem, case in CASES if stem == name]
+    rules = [Rule(**{key: case[key] for key in ("kind", "multiple", "relative", "fallbacks")}) for case in cases]
+    with Grader(workers=2) as patient:
+        verdicts = patient.grade_all([c["completion"] for c in cases], [c["gold"] for c in cases], rules)
+    assert len(cases) > 200
+    assert [(c, v) for c, v in zip(cases, verdicts, strict=True) if v.correct is not c["expected"]] == []
+
+
 # --- deadlines, memory, and processes
 
 
 def test_what_hangs_sympy_is_a_time_out_and_the_others_are_graded():
     with Grader(workers=1, deadline=1.0) as grader:
         grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2")  # the process starts outside the measured time
-        start = time.monotonic()
         verdicts = grader.grade_all(
             [r"\boxed{10^{10^{10}}}", r"\boxed{\frac{\sqrt{4}}{4}}", r"\boxed{9}"], ["10", "1/2", "8"]
         )
-        elapsed = time.monotonic() - start
     assert [v.correct for v in verdicts] == [None, True, False]
     assert verdicts[0].reason == TIMED_OUT and verdicts[0].reward is None
     assert verdicts[0].extracted == "10^{10^{10}}"
-    assert 1.0 <= elapsed < 10
+
+
+def test_a_deadline_is_processor_time_and_behind_it_is_the_clock(monkeypatch):
+    # A process that is stopped gets no processor: its time-out is the machine's, not the answer's.
+    monkeypatch.setattr(
+        grading,
+        "_WORKER",
+        "import sys, time; sys.path.append(sys.argv[1]); from capo_rl import answers, grading;"
+        "grading._LEAST_PATIENCE, grading._PATIENCE = 0.5, 1e-3;"
+        "answers.judge = lambda *a, judge=answers.judge: time.sleep(60) if a[0] == 'x+1' else judge(*a);"
+        "grading._STARTUP = 1e6; grading._serve()",
+    )
+    with Grader(workers=1, deadline=300.0) as grader:
+        verdict = grader.grade(r"\boxed{x+1}", "x+2")
+        assert (verdict.correct, verdict.reason, grader.overloaded) == (None, grading.OVERLOADED, 1)
+        assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
 
 
 def test_the_start_of_a_process_does_not_count_against_the_deadline():
@@ -253,7 +284,7 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
         parent.kill()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(pid)
@@ -305,7 +336,7 @@ def test_accuracy_reward_in_both_formats_with_time_outs_counted_apart(monkeypatc
     for batch in (completions, conversations):
         logged = {}
         assert accuracy_reward(batch, answer, log_metric=logged.__setitem__, prompts=None) == rewards
-        assert logged == {"grader/timeouts": 1.0, "grader/ungradable": 2.0}
+        assert logged == {"grader/timeouts": 1.0, "grader/overloaded": 0.0, "grader/ungradable": 2.0}
 
 
 def test_an_answer_is_wrong_only_if_the_gold_answer_is_known(grader):

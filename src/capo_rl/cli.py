@@ -267,6 +267,11 @@ def _regrade(options: argparse.Namespace) -> None:
         f"{done.changed:,} of {done.completions:,} verdicts changed ({done.now_right:,} to right, "
         f"{done.no_longer_right:,} from right)"
     )
+    said = {True: "right", False: "wrong", None: "no verdict"}
+    for change in done.changes:
+        before, after = (f"{said[correct]} ({reason})" for correct, reason in (change.before, change.after))
+        # As Python writes them: an answer may hold what a terminal obeys.
+        print(f"{change.problem}: {change.answer!a} for {change.gold!a}: {before}, now {after}")
     for name in done.secret:
         print(f"{name}: not graded again: its completions are not kept, as its authors ask")
 

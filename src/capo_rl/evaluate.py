@@ -398,14 +398,29 @@ def compare(evaluation: Evaluation, baseline: Evaluation) -> list[Difference]:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A verdict that is another one now: the answer that was read, and the verdict and its reason before and after."""
+
+    problem: str
+    answer: str | None
+    gold: str
+    before: tuple[bool | None, str]
+    after: tuple[bool | None, str]
+
+
+@dataclass(frozen=True)
 class Regraded:
-    """How many completions were graded again, how many verdicts changed, to right and from right, and what can't be."""
+    """How many completions were graded again, how many verdicts changed, to right and from right, and what can't be.
+
+    `changes` are these verdicts; one that stayed, with another reason, is none.
+    """
 
     completions: int
     changed: int
     now_right: int
     no_longer_right: int
     secret: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
 
 
 def regrade(folder: str | Path) -> Regraded:
@@ -418,6 +433,7 @@ def regrade(folder: str | Path) -> Regraded:
     before: list[bool | None] = []
     after: list[bool | None] = []
     secret = []
+    told: list[Change] = []
     with _sole_writer(folder), Grader() as grader:
         evaluation = read_evaluation(folder)
         for name, lines in evaluation.items():
@@ -433,7 +449,10 @@ def regrade(folder: str | Path) -> Regraded:
             verdicts = grader.grade_all(
                 [answer["text"] for _, answer in pairs], [line["gold"] for line, _ in pairs], rules, progress=True
             )
-            for (_, answer), verdict in zip(pairs, verdicts, strict=True):
+            for (line, answer), verdict in zip(pairs, verdicts, strict=True):
+                if verdict.correct is not answer["correct"]:
+                    old, new = (answer["correct"], answer["reason"]), (verdict.correct, verdict.reason)
+                    told.append(Change(f"{name} {line['id']}", verdict.extracted, line["gold"], old, new))
                 answer |= dataclasses.asdict(verdict)
             after += [verdict.correct for verdict in verdicts]
             with written_whole(folder / f"{name}.jsonl") as unfinished:
@@ -442,4 +461,4 @@ def regrade(folder: str | Path) -> Regraded:
     changes = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
     now_right = sum(new is True for _, new in changes)
     no_longer = sum(old is True for old, _ in changes)
-    return Regraded(len(before), len(changes), now_right, no_longer, tuple(secret))
+    return Regraded(len(before), len(changes), now_right, no_longer, tuple(secret), tuple(told))

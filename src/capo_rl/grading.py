@@ -1,8 +1,9 @@
 """Grade mathematical answers against a gold answer, without trusting the text that is graded.
 
 `answers` says what an answer is and when it is right; its algebra runs here, in worker processes, since it
-evaluates what a model wrote, and a model may write `\\boxed{10^{10^{10}}}`. Each answer has a deadline and each
-worker a memory limit, both kept by the operating system. What cannot be graded is `None`: neither right nor wrong.
+evaluates what a model wrote, and a model may write `\\boxed{10^{10^{10}}}`. Each answer has a deadline, in seconds of
+its process's processor time, so that a busy machine changes no verdict; each worker has a memory limit. Both are kept
+by the operating system. What cannot be graded is `None`: neither right nor wrong.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ from capo_rl.answers import extract_answer as extract_answer
 logger = logging.getLogger(__name__)
 
 TIMED_OUT = "timed out"
+OVERLOADED = "timed out on a busy machine"
 
 _MEMORY = 2 << 30  # bytes of address space a worker may have; an idle one has about 0.1 GiB
-_STARTUP = 120.0  # seconds to import sympy, on a machine that is busy with something else
+_STARTUP = 120.0  # seconds of processor time to import sympy
+# A process that gets less than a fiftieth of a processor, or that waits for what never comes, ends all the same.
+_PATIENCE = 50.0  # seconds on the clock for each of processor time
+_LEAST_PATIENCE = 60.0
 # A worker's main program. The package may be known to this process's `sys.path` only; at its end, it hides nothing.
 _WORKER = "import sys; sys.path.append(sys.argv[1]); from capo_rl.grading import _serve; _serve()"
 _TRAINING = Rule()
@@ -76,7 +81,10 @@ def _quick_verdict(completion: str, gold: str, rule: Rule) -> Verdict | str:
 
 
 class Grader:
-    r"""Grades answers in `workers` processes, each answer within `deadline` seconds and 2 GiB.
+    r"""Grades answers in `workers` processes, each answer within `deadline` seconds of processor time and 2 GiB.
+
+    Behind that is a limit on the clock, of 50 times as much and at least a minute: an answer that meets it is graded
+    once more, and `overloaded` counts these.
 
     The processes start when an answer needs one (equal text and plain integers don't), and end with
     `close()`, with the `with` block, or with this process. After `close()` the next answer starts them again.
@@ -94,6 +102,7 @@ class Grader:
             raise ValueError(f"deadline={deadline}: give each answer a finite number of seconds above 0")
         self.workers = workers or min(4, os.cpu_count() or 1)
         self.deadline = deadline
+        self.overloaded = 0
         # A slot is a worker, or None where one has yet to start; last in, first out, so that grading one
         # answer at a time keeps using the same process.
         self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
@@ -157,6 +166,13 @@ class Grader:
         return self._ask({"gold": gold})["correct"] is True
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        reply = self._ask_once(question)
+        if reply["reason"] == OVERLOADED:
+            self.overloaded += 1
+            reply = self._ask_once(question)
+        return reply
+
+    def _ask_once(self, question: dict[str, Any]) -> dict[str, Any]:
         worker = self._slots.get()
         try:
             if worker is not None and not worker.alive:
@@ -215,8 +231,8 @@ class _Worker:
             return json.loads(reply)
         code = self._process.wait()
         self.stop()
-        died = TIMED_OUT if code == -signal.SIGALRM else f"the grading process died (exit code {code})"
-        return {"correct": None, "reason": died}
+        late = {-signal.SIGPROF: TIMED_OUT, -signal.SIGALRM: OVERLOADED}
+        return {"correct": None, "reason": late.get(code, f"the grading process died (exit code {code})")}
 
     def stop(self) -> None:
         """Kill the process and close both pipes."""
@@ -239,13 +255,14 @@ def _stop_all(workers: set[_Worker]) -> None:
 
 
 def _serve() -> None:
-    """A worker's life. The kernel ends it at a deadline: SIGALRM kills even inside a C multiplication."""
+    """A worker's life. The kernel ends it at a deadline: its signals kill even inside a C multiplication."""
     import resource
 
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})  # a mask is inherited
+    for late in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(late, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {late})  # a mask is inherited
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    signal.setitimer(signal.ITIMER_REAL, _STARTUP)
+    _allow(_STARTUP)
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -257,7 +274,7 @@ def _serve() -> None:
     replies.write("ready\n")
     for line in sys.stdin.buffer:
         question = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, question["deadline"])
+        _allow(question["deadline"])
         try:
             if "answer" in question:
                 correct, reason = answers.judge(question["answer"], question["gold"], Rule(**question["rule"]))
@@ -265,8 +282,14 @@ def _serve() -> None:
                 correct, reason = answers.readable(question["gold"]), "whether the gold answer parses"
         except (MemoryError, RecursionError) as error:
             correct, reason = None, f"out of memory ({type(error).__name__})"
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _allow(0)
         replies.write(json.dumps({"correct": correct, "reason": reason}) + "\n")
+
+
+def _allow(seconds: float) -> None:
+    """Give this process so much processor time, and a generous time on the clock; with 0, take the limits away."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, max(_PATIENCE * seconds, _LEAST_PATIENCE) if seconds else 0)
 
 
 @functools.cache
@@ -283,14 +306,18 @@ def accuracy_reward(
 ) -> list[float | None]:
     r"""TRL reward: 1.0 where the boxed answer equals `answer`, 0.0 where not, `None` if it can't be graded.
 
-    Logs how many answers of this batch timed out, and how many could not be graded (time-outs among them).
+    Each answer has 5 seconds of processor time. Logs how many answers of this batch timed out, how many had to be
+    graded twice as the machine was busy, and how many could not be graded (time-outs among them).
 
     >>> accuracy_reward([r"$\boxed{4}$", [{"role": "assistant", "content": r"\boxed{5}"}]], ["4", "4"])
     [1.0, 0.0]
     """
-    verdicts = shared_grader().grade_all([completion_text(completion) for completion in completions], answer)
+    grader = shared_grader()
+    overloaded = grader.overloaded
+    verdicts = grader.grade_all([completion_text(completion) for completion in completions], answer)
     if log_metric is not None:
         log_metric("grader/timeouts", float(sum(v.reason == TIMED_OUT for v in verdicts)))
+        log_metric("grader/overloaded", float(grader.overloaded - overloaded))
         log_metric("grader/ungradable", float(sum(v.correct is None for v in verdicts)))
     return [verdict.reward for verdict in verdicts]
 
