@@ -21,6 +21,15 @@ FSDP2 = {
 }
 
 
+def zero(stage: int) -> dict:
+    """DeepSpeed's settings for a stage of ZeRO."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
+    }
+
+
 def run(folder: Path, processes: int, **settings) -> list[dict]:
     """What each process of a run writes."""
     name = f"on-{processes}"
@@ -109,12 +118,7 @@ def test_fsdp2_is_one_process_and_never_gathers_the_head(tmp_path):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_is_one_process(tmp_path, stage):
     (one,) = run(tmp_path, 1, max_steps=3, **SOME)
-    config = {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-        "zero_allow_untested_optimizer": True,
-        **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"),
-    }
-    several = run(tmp_path, 2, max_steps=3, use_cpu=False, deepspeed=config, **SOME)
+    several = run(tmp_path, 2, max_steps=3, use_cpu=False, deepspeed=zero(stage), **SOME)
     assert all(each["sharded_head"] == (stage == 3) for each in several)
     check_equal(one, several)
 
