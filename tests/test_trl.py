@@ -645,7 +645,7 @@ def test_a_plain_grpo_config_is_refused(build):
     ("settings", "message"),
     [
         ({"capo_mode": "on"}, "capo_mode='on' is not one of off, monitor, mask"),
-        ({"capo_fisher_threshold": -1.0}, "fisher=-1.0"),
+        ({"capo_fisher_threshold": -1.0}, "capo_fisher_threshold=-1.0"),
         ({"capo_hessian_low": 1.0, "capo_hessian_high": -1.0}, "swap"),
         ({"capo_top_k": 0}, "capo_top_k=0"),
         ({"capo_max_missing_mass": 2.0}, "capo_max_missing_mass"),
@@ -799,7 +799,7 @@ def test_a_step_of_which_only_tokens_without_an_advantage_were_accepted_is_skipp
 
 
 def test_a_run_that_skips_most_of_its_steps_says_so_at_its_end(build, caplog):
-    build(max_steps=3, capo_fisher_threshold=0.0).train()
+    build(max_steps=3, capo_fisher_threshold=1e-30).train()
     (message,) = [record.getMessage() for record in caplog.records if "were skipped" in record.getMessage()]
     assert message.startswith("3 of 3 steps were skipped, 0 of them")
     caplog.clear()
