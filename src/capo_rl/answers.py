@@ -617,7 +617,7 @@ def _range(text: str) -> tuple[str | None, str] | None:
     r"""The variable, if it is named, and the intervals of an inequality, several, or a set of them; otherwise `None`.
 
     >>> _range(r"x<-1 \text{ or } x \geq 2"), _range(r"\{x \mid x > 3\}"), _range("(1,2)")
-    (('x', '(-\\infty,-1)\\cup[2,\\infty)'), ('x', '(3,\\infty)'), (None, '(1,2)'))
+    (('x', '(-\\infty,-1)\\cup[ 2,\\infty)'), ('x', '(3,\\infty)'), (None, '(1,2)'))
     """
     text = squeezed(text)
     if built := _BUILDER.fullmatch(text):
@@ -826,13 +826,13 @@ def _latex(answer: str) -> str:
     r"""The answer in the LaTeX that math-verify reads.
 
     >>> _latex(r"np.arcsin(10/13)"), _latex(r"y^{\prime}+\frac{d v}{d t}")
-    ('\\arcsin(10/13)', '\\dot{y}+\\dot{v}')
+    ('\\arcsin (10/13)', '\\dot{y}+\\dot{v}')
     """
     answer = without_unit(_scaled(bare(plain(bare(answer)))))
     answer = re.sub(r"\\dot\s+([A-Za-z])", r"\\dot{\1}", answer)
     # A product: math-verify takes `3 (1/3)` for a mixed number.
     answer = re.sub(r"(?<![_^.0-9])([0-9]+)\s*(?=(?:\\left)?\()", r"\1 \\cdot ", answer)
-    answer = re.sub(r"\bnp\.", r"\\", answer)  # MinervaMath has Python in one reference answer
+    answer = re.sub(r"\bnp\.\\?", r"\\", answer)  # MinervaMath has Python in one reference answer
     answer = re.sub(r"^[a-z](?=\([^()\[\]]*\]$)", "", answer)  # OlympiadBench has an interval `t(0,4]`
     answer = re.sub(r"_(?:\\odot|\{\\odot\})", "_{o}", answer)
     answer = re.sub(r"_\{\\(max|min) *\}", r"_{\1}", answer)
