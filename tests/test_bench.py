@@ -171,6 +171,9 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "SGD, CAPO, lr 0.5, δ_F 1",
         "SGD, soft, δ_F 1",
         "SGD, 5 %",
+        "default, twice as deep",
+        "GRPO 1e-4, twice as deep",
+        "GRPO 3e-4, twice as deep",
     ]
     for arm in arms:
         for seed in (1, 2):
@@ -189,5 +192,8 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
     assert row["CAPO"]["TEST"] == "0.950 ± 0.000"
     ranges = json.loads((tmp_path / "tables" / "range.json").read_text())
     assert [row[:3] for row in ranges["rows"]] == [["GRPO", "0.0001 ✓", "2"], ["GRPO", "0.001 ✓", "2"]]
+    everywhere = json.loads((tmp_path / "tables" / "everywhere.json").read_text())
+    assert [row[0] for row in everywhere["rows"]] == ["twice as deep"]
+    assert dict(zip(everywhere["columns"], everywhere["rows"][0], strict=True))["at all its rates"] == "0/4"
     table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())
     assert math.isclose(float(table5["rows"][0][1].split(" ± ")[0]), 1.0)
