@@ -94,7 +94,7 @@ def test_a_run_that_is_not_over_is_summed_up_so_far(run, tmp_path):
     page = write_report(run, tmp_path / "report.html").read_text()
     assert "8 steps so far, and not over." in page and "<td>completions</td><td>128</td>" in page
     write_metrics(run / "metrics.jsonl", [])
-    with pytest.raises(ReportError, match="no step was logged yet"):
+    with pytest.raises(RunFolderError, match="no training step is logged"):
         write_report(run, tmp_path / "report.html")
     (run / "metrics.jsonl").unlink()
     with pytest.raises(RunFolderError, match="no such file"):

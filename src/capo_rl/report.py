@@ -53,8 +53,6 @@ def write_report(folder: str | Path, out: str | Path) -> Path:
 def _run_page(folder: Path) -> str:
     """One run: its curves, what it came to, its settings and versions."""
     record, entries = _read(folder / "run.json", "settings", "versions"), read_metrics(folder)
-    if not entries:
-        raise ReportError(f"{folder}: no step was logged yet; report on it later")
     over = (folder / "summary.json").is_file()
     summary = _read(folder / "summary.json") if over else summarize(entries)
     rows = [(name, value) for name, value in summary.items() if name not in record]

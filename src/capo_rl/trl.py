@@ -123,9 +123,9 @@ class CAPOTrainer(GRPOTrainer):
             args = CAPOConfig(f"{name.split('/')[-1]}-CAPO")
         # By name, since other trainers between this one and GRPOTrainer may take them in no other way.
         named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, model, None, None, *more).arguments
-        kwargs |= dict(list(named.items())[4:])
-        _check_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        super().__init__(model, reward_funcs=reward_funcs, args=args, **kwargs)
+        placed = dict(list(named.items())[4:])
+        _check_columns(*({**placed, **kwargs}.get(name) for name in ("train_dataset", "eval_dataset")))
+        super().__init__(model, reward_funcs=reward_funcs, args=args, **placed, **kwargs)
         # Those that an environment brings among them; a reward model that raises ends the run.
         given: list[Any] = self.reward_funcs  # type: ignore[has-type]
         self.reward_funcs = [each if isinstance(each, nn.Module | Guarded) else guarded(each) for each in given]
