@@ -430,10 +430,9 @@ def regrade(folder: str | Path) -> Regraded:
     """
     folder = Path(folder)
     read_settings(folder)
-    before: list[bool | None] = []
-    after: list[bool | None] = []
+    completions = 0
     secret = []
-    told: list[Change] = []
+    changes: list[Change] = []
     with _sole_writer(folder), Grader() as grader:
         evaluation = read_evaluation(folder)
         for name, lines in evaluation.items():
@@ -441,7 +440,7 @@ def regrade(folder: str | Path) -> Regraded:
                 secret.append(name)
                 continue
             pairs = [(line, answer) for line in lines for answer in line["completions"]]
-            before += [answer["correct"] for _, answer in pairs]
+            completions += len(pairs)
             try:
                 rules = [Rule(**line["rule"]) for line, _ in pairs]
             except (TypeError, ValueError) as error:
@@ -452,13 +451,11 @@ def regrade(folder: str | Path) -> Regraded:
             for (line, answer), verdict in zip(pairs, verdicts, strict=True):
                 if verdict.correct is not answer["correct"]:
                     old, new = (answer["correct"], answer["reason"]), (verdict.correct, verdict.reason)
-                    told.append(Change(f"{name} {line['id']}", verdict.extracted, line["gold"], old, new))
+                    changes.append(Change(f"{name} {line['id']}", verdict.extracted, line["gold"], old, new))
                 answer |= dataclasses.asdict(verdict)
-            after += [verdict.correct for verdict in verdicts]
             with written_whole(folder / f"{name}.jsonl") as unfinished:
                 unfinished.write_bytes(b"".join(map(_encoded, lines)))
         write_json(folder / "summary.json", summarize(evaluation))
-    changes = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
-    now_right = sum(new is True for _, new in changes)
-    no_longer = sum(old is True for old, _ in changes)
-    return Regraded(len(before), len(changes), now_right, no_longer, tuple(secret), tuple(told))
+    now_right = sum(change.after[0] is True for change in changes)
+    no_longer = sum(change.before[0] is True for change in changes)
+    return Regraded(completions, len(changes), now_right, no_longer, tuple(secret), tuple(changes))

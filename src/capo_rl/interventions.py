@@ -58,7 +58,6 @@ class WholeSecondMoment(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
         self.whole: dict[Tensor, Tensor] = {}
         self.before = 0.0  # the norm of the accepted tokens' gradient, unclipped
         masked, clip = trainer._compute_loss, trainer._clip_grad_norm
