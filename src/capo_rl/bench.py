@@ -3,7 +3,7 @@
 recipe: quickstart.yaml            the recipe that all arms share, a path beside the bench file
 common: {learning_rate: 5e-4}      fields of the recipe for all arms
 seeds: [11, 12, 13, 14, 15]
-test: {terms: 8, problems: 128, every: 25}    accuracy on a held-out, harder set while training
+test: {terms: 8, problems: 128, every: 25}      accuracy on a held-out, harder set while training (`held_out.HeldOut`)
 arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `adapt` is the
                                    rate of an `AdaptThresholds`, `train_only` a regular expression for the names of the
                                    weights that learn; `scales`, `second_moment` and `sign` are of `interventions`
@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ CURVES = (
 )
 BESIDE = ("rival", "adapt", "train_only", "scales", "second_moment", "sign")  # of an arm, and no fields of a recipe
 _FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
-_TEST_SEED = 2**31  # of the held-out problems; no training run has it
 
 
 class BenchError(ValueError):
@@ -194,6 +193,7 @@ def _follow(parent: int) -> None:
 def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     """One run, from nothing to its result."""
     from capo_rl.adapt import AdaptThresholds
+    from capo_rl.held_out import HeldOut
     from capo_rl.interventions import Scales, WholeSecondMoment, one_sign
     from capo_rl.recipe import read_recipe, settings
     from capo_rl.rivals import rival
@@ -225,9 +225,9 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
         if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1:
             _audit(trainer)
         generation = _timed(trainer, "_generate_and_score_completions")
-        test: dict[str, list[float]] = {"capo/completions": [], "accuracy": []}
-        if bench.test:
-            trainer.add_callback(_test_callback(trainer, bench.test, test))
+        test = HeldOut(trainer, recipe.data.dataset_name, **bench.test) if bench.test else None
+        if test is not None:
+            trainer.add_callback(test)
         trainer.add_callback(Record(folder))
         start = time.perf_counter()
         trainer.train()
@@ -251,7 +251,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             "versions": versions(),
             "hardware": _hardware(trainer.accelerator.device),
             "curves": {name: [_short(entry.get(name)) for entry in entries] for name in CURVES},
-            "test": test,
+            "test": test.found if test is not None else {"capo/completions": [], "accuracy": []},
             "seconds": seconds,
         },
         indent=None,
@@ -326,47 +326,6 @@ def _timed(trainer: Any, method: str) -> list[float]:
 
     setattr(trainer, method, timed)
     return seconds
-
-
-def _test_callback(trainer: Any, test: dict[str, int], into: dict[str, list[float]]) -> Any:
-    """Measures accuracy on held-out problems before the first step and every so many steps."""
-    from transformers import TrainerCallback
-
-    from capo_rl.arithmetic import problems
-
-    rows = list(islice(problems(_TEST_SEED, test["terms"]), test["problems"]))
-
-    class Test(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.measure()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step % test["every"] == 0 or state.global_step == state.max_steps:
-                self.measure()
-
-        def measure(self) -> None:
-            into["capo/completions"].append(trainer._completions)
-            into["accuracy"].append(sampled_accuracy(trainer.model, trainer.processing_class, rows))
-
-    return Test()
-
-
-def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]], max_new_tokens: int = 64) -> float:
-    """The share of problems whose sampled completion boxes the answer; leaves the run's random numbers alone."""
-    import torch
-
-    from capo_rl.grading import accuracy_reward
-
-    training = model.training
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        prompts = tokenizer([row["problem"] for row in rows], return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=max_new_tokens)
-    model.train(training)
-    texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    rewards = accuracy_reward(texts, [row["answer"] for row in rows])
-    return sum(reward or 0.0 for reward in rewards) / len(rows)
 
 
 def read_results(folder: str | Path) -> list[dict[str, Any]]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from capo_rl.constraints import ConstraintError, check_constraints
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from capo_rl.grading import Grader
 
-COLUMNS = ("problem", "answer")
+COLUMNS = ("problem", "answer")  # a row may have `constraints` in place of an `answer`
 # Columns that TRL reads (images), keeps from reward functions, or passes something of its own by the name of.
 RESERVED = (
     *("prompt", "prompts", "completion", "completions", "completion_ids", "image", "images"),
@@ -33,10 +35,12 @@ class DataError(ValueError):
 def load_problems(
     name: str, *, config: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
 ) -> datasets.Dataset:
-    """A dataset with the text columns `problem` and `answer`, at most `limit` rows of it, drawn with `seed`.
+    """A dataset with the columns `problem` and `answer`, or `constraints` in its place, at most `limit` rows of it, drawn
+    with `seed`.
 
-    `name` is `arithmetic` (as many made-up problems as `limit` says, 4096 if it doesn't; `config` is their number of
-    terms), a JSON Lines file, or the id of a dataset on the hub, of which `config` and `split` are taken.
+    `name` is `arithmetic` or `sentences` (as many made-up problems as `limit` says, 4096 if it doesn't; of `arithmetic`
+    `config` is their number of terms), a JSON Lines file, or the id of a dataset on the hub, of which `config` and `split`
+    are taken.
 
     Raises `DataError` for a file or dataset that is missing, empty, malformed, or lacks a column.
 
@@ -53,6 +57,12 @@ def load_problems(
         if config is not None and not (config.isdecimal() and int(config) >= 2):
             raise DataError(f"dataset_config={config!r}: of `arithmetic` it is the number of terms, at least 2")
         return datasets.Dataset.from_list(list(islice(problems(seed, int(config or 5)), limit or 4096)))
+    if name == "sentences":
+        from capo_rl.sentences import sentences
+
+        if config is not None:
+            raise DataError(f"dataset_config={config!r}: `sentences` has none; leave it out")
+        return datasets.Dataset.from_list(list(islice(sentences(seed), limit or 4096)))
     path = Path(name).expanduser()
     dataset = _read(path) if path.suffix == ".jsonl" or path.is_file() else _download(name, config, split)
     if limit is not None and limit < len(dataset):
@@ -75,6 +85,8 @@ def _read(path: Path) -> datasets.Dataset:
     rows = [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
     if not rows:
         raise DataError(f"{path}: the file is empty; it needs one JSON object a line, with {_listed(COLUMNS)}")
+    if mixed := [number for number, row in enumerate(rows, start=1) if ("answer" in row) != ("answer" in rows[0])]:
+        raise DataError(f"{path}, line {mixed[0]}: here an `answer` and there `constraints`; give all lines the same")
     try:
         return datasets.Dataset.from_list(rows)
     except Exception as error:  # pyarrow's own classes: a column of numbers here and text there
@@ -90,11 +102,16 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not JSON ({error}); write one whole JSON object a line") from None
     if not isinstance(row, dict):
         raise DataError(f"{place}: a JSON {type(row).__name__}; write an object with {_listed(COLUMNS)}")
-    for column in COLUMNS:
+    for column in _columns(row):
         if column not in row:
             raise DataError(f"{place}: no field `{column}`; its fields are {_listed(row)}")
-        _check_text(row[column], column, place)
+        _check(row[column], column, place)
     return row
+
+
+def _columns(there: Any) -> tuple[str, ...]:
+    """What a row needs: constraints only where it has no answer."""
+    return ("problem", "constraints") if "constraints" in there and "answer" not in there else COLUMNS
 
 
 def _download(name: str, config: str | None, split: str) -> datasets.Dataset:
@@ -105,20 +122,26 @@ def _download(name: str, config: str | None, split: str) -> datasets.Dataset:
             f"{name}: no such file, and loading it from the hub failed ({_first_line(error)}); check the spelling, "
             "the config, the split and the network, or give `arithmetic` or the path of a .jsonl file"
         ) from error
-    if missing := [column for column in COLUMNS if column not in dataset.column_names]:
+    columns = _columns(dataset.column_names)
+    if missing := [column for column in columns if column not in dataset.column_names]:
         raise DataError(
             f"{name}: no column {_listed(missing)}; its columns are {_listed(dataset.column_names)}: "
             "save it as JSON Lines with these two renamed"
         )
     if not len(dataset):
         raise DataError(f"{name}: split {split} is empty; choose another")
-    for column in COLUMNS:
+    for column in columns:
         for number, value in enumerate(dataset[column]):
-            _check_text(value, column, f"{name}, row {number}")
+            _check(value, column, f"{name}, row {number}")
     return dataset
 
 
-def _check_text(value: Any, column: str, place: str) -> None:
+def _check(value: Any, column: str, place: str) -> None:
+    if column == "constraints":
+        try:
+            return check_constraints(value)
+        except ConstraintError as error:
+            raise DataError(f"{place}: {error}") from None
     if not isinstance(value, str):
         raise DataError(f"{place}: `{column}` is {value!r:.60}; write it as text, in quotes")
     if not value.strip():

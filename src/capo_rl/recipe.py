@@ -22,8 +22,8 @@ class DataConfig:
     dataset_name: str = field(
         default="",
         metadata={
-            "help": "`arithmetic` (made up here), a JSON Lines file, or a hub id; it needs the text columns `problem` "
-            "and `answer`."
+            "help": "`arithmetic` or `sentences` (made up here), a JSON Lines file, or a hub id; it needs the columns "
+            "`problem` and `answer`, or `constraints` in its place."
         },
     )
     dataset_config: str | None = field(
@@ -80,7 +80,7 @@ def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     if not model.model_name_or_path:
         raise RecipeError(f"{path}: model_name_or_path is missing: give a hub id, a folder, or package:NAME")
     if not data.dataset_name:
-        raise RecipeError(f"{path}: dataset_name is missing: give a hub id, a .jsonl file, or `arithmetic`")
+        raise RecipeError(f"{path}: dataset_name is missing: give a hub id, a .jsonl file, `arithmetic` or `sentences`")
     return Recipe(data, model, training)
 
 

@@ -35,6 +35,7 @@ from capo_rl.checkpoints import (
     resume_point,
 )
 from capo_rl.config import CAPOConfig
+from capo_rl.constraints import constraint_reward
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 from capo_rl.grading import accuracy_reward, shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
@@ -190,7 +191,7 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
             raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
         trainer = WholeCheckpoints(
             model=model,
-            reward_funcs=accuracy_reward,
+            reward_funcs=constraint_reward if "constraints" in prompts.column_names else accuracy_reward,
             args=args,
             train_dataset=prompts,
             processing_class=tokenizer,
@@ -210,7 +211,9 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
 
 def _prompts(recipe: Recipe, problems: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, dict[str, int]]:
     """The problems that can be graded and are not too long, as prompts, and how many were left out."""
-    problems, ungradable = drop_ungradable(problems, shared_grader())
+    ungradable = 0
+    if "answer" in problems.column_names:
+        problems, ungradable = drop_ungradable(problems, shared_grader())
     prompts = as_prompts(
         problems,
         conversational=tokenizer.chat_template is not None,
