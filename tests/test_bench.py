@@ -149,7 +149,7 @@ def made_up(arm: str, seed: int, final: float) -> dict:
         "versions": {},
         "hardware": "",
         "curves": curves,
-        "test": {"capo/completions": [0, 960], "accuracy": [0.3, final]},
+        "test": {"capo/completions": [0, 960], "accuracy": [0.3, final], "perplexity": [9.0, 12.5 + seed]},
         "seconds": {"total": 10.0, "generation": 5.0, "curvature": 1.0, "kl": 0.5},
     }
 
@@ -195,5 +195,7 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
     everywhere = json.loads((tmp_path / "tables" / "everywhere.json").read_text())
     assert [row[0] for row in everywhere["rows"]] == ["twice as deep"]
     assert dict(zip(everywhere["columns"], everywhere["rows"][0], strict=True))["at all its rates"] == "0/4"
+    language = json.loads((tmp_path / "tables" / "language.json").read_text())
+    assert "9 → 14 (13.5 to 14.5)" in language["rows"][0]
     table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())
     assert math.isclose(float(table5["rows"][0][1].split(" ± ")[0]), 1.0)

@@ -1,7 +1,7 @@
 """Constraints on a text that a program can check, as a reward: in the manner of IFEval (arXiv 2311.07911).
 
-A row of the data says what its completion must satisfy, `{"contains": ["river"], "most_words": 12}`. Every check reads the
-text once, so none needs a deadline.
+A row of the data says what its completion must satisfy, `{"contains": ["river"], "most_words": 12}`. Every check reads
+the text once, so none needs a deadline.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def check_constraints(constraints: Mapping[str, Any]) -> None:
         wanted = CONSTRAINTS[name][0]
         if value is not None and type(value) is not wanted:
             raise ConstraintError(f"{name}={value!r:.60}: needs a value of type {wanted.__name__}")
-        texts = value if wanted is list else [value]
-        if value is not None and wanted in (list, str) and not (texts and all(map(_said, texts))):
+        texts: Any = value if wanted is list else [value]
+        if value is not None and wanted in (list, str) and not (texts and all(_said(text) for text in texts)):
             raise ConstraintError(
                 f"{name}={value!r:.60}: an empty text or none; leave it out, or write words in quotes"
             )

@@ -35,12 +35,12 @@ class DataError(ValueError):
 def load_problems(
     name: str, *, config: str | None = None, split: str = "train", limit: int | None = None, seed: int = 0
 ) -> datasets.Dataset:
-    """A dataset with the columns `problem` and `answer`, or `constraints` in its place, at most `limit` rows of it, drawn
-    with `seed`.
+    """A dataset with the columns `problem` and `answer`, or `constraints` in its place, at most `limit` rows of it,
+    drawn with `seed`.
 
     `name` is `arithmetic` or `sentences` (as many made-up problems as `limit` says, 4096 if it doesn't; of `arithmetic`
-    `config` is their number of terms), a JSON Lines file, or the id of a dataset on the hub, of which `config` and `split`
-    are taken.
+    `config` is their number of terms), a JSON Lines file, or the id of a dataset on the hub, of which `config` and
+    `split` are taken.
 
     Raises `DataError` for a file or dataset that is missing, empty, malformed, or lacks a column.
 
@@ -139,9 +139,10 @@ def _download(name: str, config: str | None, split: str) -> datasets.Dataset:
 def _check(value: Any, column: str, place: str) -> None:
     if column == "constraints":
         try:
-            return check_constraints(value)
+            check_constraints(value)
         except ConstraintError as error:
             raise DataError(f"{place}: {error}") from None
+        return
     if not isinstance(value, str):
         raise DataError(f"{place}: `{column}` is {value!r:.60}; write it as text, in quotes")
     if not value.strip():

@@ -108,7 +108,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _curves(run: dict[str, Any], column: str, x: str, smoothed: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    source = run["test"] if column == "accuracy" else run["curves"]
+    source = run["test"] if column in ("accuracy", "perplexity") else run["curves"]
     y = np.array([np.nan if value is None else value for value in source[column]], dtype=float)
     return np.array(source[x], dtype=float), smooth(source[column]) if smoothed else y
 
@@ -147,7 +147,8 @@ def _accuracy(
         axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
         if columns == 2:
             _band(axes[1], arms, names, "accuracy")
-            axes[1].set(ylabel="TEST: 8 terms in place of 5", ylim=(-0.02, 1.02))
+            language = any("perplexity" in run["test"] for name in names for run in arms.get(name, []))
+            axes[1].set(ylabel=f"TEST: {'held-out words' if language else '8 terms in place of 5'}", ylim=(-0.02, 1.02))
         if logarithmic:
             for each in axes:
                 each.set_xscale("log")
@@ -233,6 +234,24 @@ def _learning_rates(arms: Arms, path: Path) -> Path | None:
     share = [sum(_collapse(run) is not None for run in arms[name]) / len(arms[name]) for name in names]
     axes[1].plot(rates, share, marker="s", linestyle="--", label="share of seeds collapsed")
     axes[1].set(xlabel="learning rate", xscale="log", ylim=(-0.02, 1.05))
+    return _save(figure, path)
+
+
+def _language(arms: Arms, path: Path) -> Path | None:
+    """Accuracy, and beside it what becomes of the rest of a language model, and why."""
+    names = [name for name in LENGTHS if name in arms and "perplexity" in arms[name][0]["test"]]
+    if not names:
+        return None
+    figure, axes = _figure(3, "A pretrained language model: accuracy, what is left of its language, its updates")
+    _band(axes[0], arms, names, "reward", smoothed=True)
+    axes[0].set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
+    for at, name in enumerate(names):
+        for number, run in enumerate(arms[name]):
+            line = {"color": PALETTE[at % len(PALETTE)], "linewidth": 1, "label": None if number else name}
+            axes[1].plot(*_curves(run, "perplexity", "capo/completions", False), **line)
+            axes[2].plot(*_curves(run, "capo/kl/measured", "capo/completions", False), **line)
+    axes[1].set(ylabel="perplexity of its former answers", yscale="log", xlabel="completions")
+    axes[2].set(ylabel="KL of each update, nats a token", yscale="log", ylim=(1e-6, 50), xlabel="completions")
     return _save(figure, path)
 
 
@@ -377,6 +396,7 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "fig9": _fig9,
     "fig10": _accuracy("Figure 10: accuracy against accepted tokens", MAIN, x="capo/accepted_tokens", logarithmic=True),
     "fig_range": _range_figure,
+    "fig_language": _language,
     "fig_lengths": _accuracy("Beyond the paper: the length of the step", LENGTHS),
     "fig_budget": _accuracy("Beyond the paper: a budget for the KL of the whole step", BUDGETS),
     "fig_rivals": _accuracy("Beyond the paper: rival masks on REINFORCE, at ReinCAPO's rejection rate", RIVAL_ARMS),
@@ -489,6 +509,52 @@ def _methods(arms: Arms, path: Path) -> Path | None:
         rows,
         "Accuracy: of sampled completions in training, smoothed, at the last step. Out of bounds: the share of tokens "
         "outside the thresholds, which masked arms reject and the others only count.",
+    )
+
+
+def _language_table(arms: Arms, path: Path) -> Path | None:
+    rows = []
+    for name in (name for name in LENGTHS if name in arms):
+        runs = [run for run in arms[name] if "perplexity" in run["test"]]
+        if not runs:
+            continue
+        perplexity = [run["test"]["perplexity"] for run in runs]
+        after = [each[-1] for each in perplexity]
+        kl = [_finite(run["curves"]["capo/kl/measured"]) for run in runs]
+        rows.append(
+            [
+                name,
+                str(len(runs)),
+                f"{sum(_collapse(run) is not None for run in runs)}/{len(runs)}",
+                _plus_minus([_final(run) for run in runs]),
+                _plus_minus([run["test"]["accuracy"][-1] for run in runs]),
+                str(completions_to_target(*_reached(runs))),
+                f"{np.median([each[0] for each in perplexity]):.3g} → {np.median(after):.3g} "
+                f"({min(after):.3g} to {max(after):.3g})",
+                f"{np.median([np.median(each) for each in kl]):.2g}",
+                f"{max(map(max, kl)):.2g}",
+                f"{np.mean([np.mean(_finite(run['curves']['capo/rejection_rate'])[:10]) for run in runs]):.0%}",
+            ]
+        )
+    if not rows:
+        return None
+    return _write(
+        path,
+        "A pretrained language model: accuracy, and what is left of its language",
+        [
+            "arm",
+            "seeds",
+            "collapsed",
+            "accuracy, mean ± s.e.",
+            "TEST",
+            f"completions to {TARGET}",
+            "perplexity, before → after (least to most)",
+            "KL of an update, median",
+            "largest",
+            "out of bounds, first ten steps",
+        ],
+        rows,
+        "Perplexity: of what the model itself answered to other questions before training, median over seeds.",
     )
 
 
@@ -673,6 +739,7 @@ TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "methods": _methods,
     "range": _range_table,
     "everywhere": _everywhere_table,
+    "language": _language_table,
     "table1": _table1,
     "table5": _table5,
 }

@@ -1,5 +1,6 @@
-"""What a run does to problems it never sees, measured while it trains: accuracy, and for a language model what is left of
-the rest of its language. A run's own random numbers are left alone.
+"""What a run does to problems it never sees, measured while it trains: accuracy, and what is left of its language.
+
+A run's own random numbers are left alone.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def sampled(
 
 @torch.no_grad()
 def perplexity(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> float:
-    """exp(−mean log π(token | what stands before it)) over the replies' tokens; infinite where a logit is not finite."""
+    """exp(−mean log π(token | what stands before it)) over the replies' tokens; infinite where a logit isn't finite."""
     training = model.training
     model.eval()
     total, count = 0.0, 0

@@ -1,7 +1,7 @@
 """Sentences with given words: a task that a language model of 135 million weights can learn, checked by a program.
 
-A problem names one to three nouns that a short sentence must contain. SmolLM2-135M-Instruct does it for one in most of its
-samples, for three in few, so a group of samples has advantages, and nothing is right in every sample soon.
+A problem names one to three nouns that a short sentence must contain. SmolLM2-135M-Instruct does it for one in nearly
+half of its samples and for three in an eighth, so that a group of samples has advantages.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-# In training; and those of the held-out problems.
-NOUNS = tuple(
-    "river engine teacher winter garden letter market planet bridge doctor forest kitchen mountain window island camera "
-    "farmer guitar hotel jacket ladder museum needle ocean painter rabbit shadow tower village wagon yard zebra".split()
-)
-HELD_OUT_NOUNS = tuple("candle desert eagle factory glacier hammer lantern mirror orchard pilot queen station".split())
+_IN_TRAINING = """
+river engine teacher winter garden letter market planet bridge doctor forest kitchen mountain window island camera
+farmer guitar hotel jacket ladder museum needle ocean painter rabbit shadow tower village wagon yard zebra
+"""
+_HELD_OUT = "candle desert eagle factory glacier hammer lantern mirror orchard pilot queen station"
+NOUNS, HELD_OUT_NOUNS = tuple(_IN_TRAINING.split()), tuple(_HELD_OUT.split())
 # Of nothing that the task is about: what becomes of the answers to these is what becomes of the language.
 QUESTIONS = (
     "What is the capital of France?",
