@@ -115,7 +115,7 @@ def test_a_folder_has_one_writer_until_its_process_is_gone(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"here\n"
-        with pytest.raises(RunFolderError, match=f"process {holder.pid} on .* is training in it"), sole_writer(folder):
+        with pytest.raises(RunFolderError, match=f"process {holder.pid} on .* is writing to it"), sole_writer(folder):
             pass
         holder.kill()
     with sole_writer(folder):
