@@ -185,6 +185,12 @@ def test_resuming_from_a_named_checkpoint_in_a_new_folder(tmp_path):
         train(short(tmp_path / "four", "--resume_from_checkpoint", str(first)))
 
 
+def test_a_run_goes_on_whether_its_step_model_is_named_or_not(tmp_path):
+    """The recipe names `adam`, which `auto` comes to."""
+    train(short(tmp_path / "run", "--capo_step", "auto"))
+    assert train(short(tmp_path / "run", "--max_steps", "3"))["steps"] == 3
+
+
 def test_going_on_without_an_optimizer_is_told_before_and_refused_with_the_way_out(tmp_path, caplog, monkeypatch):
     def stop(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from capo_rl.step_model import fit_of_name
+
 Metrics = list[dict[str, Any]]
 
 LOCK = ".lock"  # whose run this is; it means nothing when that process is gone
@@ -57,6 +59,8 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
         there = json.loads((folder / "run.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         raise RunFolderError(f"output_dir={folder}: not empty, and not a run of capo; choose another") from None
+    # a step model may be named or left to `auto`, whichever was the default
+    there, asked = ({**each, "capo_step": _step_model(each)} for each in (there, asked))
     if there == asked:
         return None
     other = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
@@ -66,6 +70,12 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
         f"output_dir={folder}: holds a run with other settings ({', '.join(other)}); choose another folder, or "
         "remove this one. Only a larger max_steps may differ, and makes the run longer"
     )
+
+
+def _step_model(settings: Mapping[str, Any]) -> str:
+    if (named := settings.get("capo_step", "auto")) != "auto":
+        return named
+    return fit_of_name(settings.get("optim", "adamw_torch"), settings.get("optim_args")).model or "adam"
 
 
 @contextmanager
