@@ -62,8 +62,8 @@ def partition_on_a_cpu() -> None:
 
 
 def scale_on_a_cpu() -> None:
-    """Accelerate leaves fp16 out on CPUs, without a word, though torch has both its parts there. At the scale that this one
-    starts with every gradient overflows, and at the next one none does."""
+    """Accelerate leaves fp16 out on CPUs, without a word, though torch has both its parts there. At the scale that this
+    one starts with every gradient overflows, and at the next one none does."""
     init = Accelerator.__init__
 
     def with_scaler(self, *args, **kwargs):

@@ -91,10 +91,13 @@ def test_the_step_of_deepspeed_is_that_of_one_process(steps, engine, mode):
 @pytest.mark.parametrize("engine", ["fp16", "fp16, ddp"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_a_loss_scaler_leaves_out_was_none(steps, engine, mode):
-    """The optimizer and its model have taken two steps of three, those of a float32 run whose first loss was NaN."""
-    assert steps(engine, mode)["moments"]["steps"] == 2
-    if mode != "monitor":  # which leaves a loss of NaN to TRL
-        assert difference(steps, engine, mode, "without the first step") <= 0.2
+    """The optimizer and its model have taken the steps of a float32 run whose first loss was NaN."""
+    taken, left_out = steps(engine, mode)["moments"]["steps"], "without the first step"
+    if mode == "monitor":  # which leaves a loss of NaN to TRL
+        assert taken == 2
+    else:
+        assert taken == steps(left_out, mode)["moments"]["steps"] < 3
+        assert difference(steps, engine, mode, left_out) <= 0.2
 
 
 def alone(engine: str) -> str:

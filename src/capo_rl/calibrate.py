@@ -325,8 +325,8 @@ def choose_for_kl(steps: Sequence[Step], kl: float) -> Choice:
         return Choice(Thresholds(None, (None, None)), {}, remarks, budget=kl)
     if not bound:
         raise CalibrationError(
-            f"--kl-nats {kl:.3g}: a bound would have to be 0, since even the tokens that move least are too much for it: "
-            "ask for more, or use a lower learning rate"
+            f"--kl-nats {kl:.3g}: a bound would have to be 0, since even the tokens that move least are too much "
+            "for it: ask for more, or use a lower learning rate"
         )
     if math.isinf(bound):
         remarks.append("all watched steps keep within the target without a bound")

@@ -233,7 +233,7 @@ def check_capo(config: Any) -> None:
     for name, hint in _own_types().items():
         if (wrong := wrong_type(getattr(config, name), hint)) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} {wrong}")
-    check_bounds(*(getattr(config, name) for name in _BOUNDS), names=_BOUNDS)
+    check_bounds(config.capo_fisher_threshold, config.capo_hessian_low, config.capo_hessian_high, _BOUNDS)
     if config.capo_top_k is not None and config.capo_top_k < 1:
         raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
     if not 0 <= config.capo_max_missing_mass <= 1:

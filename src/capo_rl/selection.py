@@ -54,8 +54,8 @@ def check_bounds(
             raise ValueError(f"{name} is NaN: give a number, or null (None) for no bound")
     if fisher is not None and not fisher > 0:
         raise ValueError(
-            f"{names[0]}={fisher} must be above 0, or null (None) for no bound: a policy shift is never negative, and zero "
-            "only where a token has no advantage, so this rejects every token"
+            f"{names[0]}={fisher} must be above 0, or null (None) for no bound: a policy shift is never negative, and "
+            "zero only where a token has no advantage, so this rejects every token"
         )
     if low is not None and high is not None and low > high:
         raise ValueError(f"{names[1]}={low} and {names[2]}={high}: the lower bound is above the upper; swap them")

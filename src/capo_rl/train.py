@@ -115,8 +115,8 @@ def _train(recipe: Recipe, folder: Path, asked: dict[str, Any], checkpoint: str 
 
     if args.save_only_model and args.process_index == 0:
         logger.warning(
-            "%s: save_only_model: true writes checkpoints that no run can go on from, so one that is stopped is lost but "
-            "for its weights, and it can't be made longer",
+            "%s: save_only_model: true writes checkpoints that no run can go on from, so one that is stopped is lost "
+            "but for its weights, and it can't be made longer",
             folder,
         )
     trainer, dropped = make_trainer(recipe)
