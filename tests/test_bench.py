@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_bench_files_that_cannot_be_used(tmp_path, text, message):
         read_results(tmp_path)
 
 
-def test_runs_that_have_a_result_are_not_run_again(tmp_path):
+def test_runs_that_have_a_result_are_not_run_again(tmp_path, capsys):
     common = "{max_steps: 2, dataset_limit: 32, learning_rate: 1e-4, capo_mode: mask, capo_fisher_threshold: .inf}"
     bench = read_bench(
         write(
@@ -93,6 +94,8 @@ def test_runs_that_have_a_result_are_not_run_again(tmp_path):
     with pytest.raises(BenchError, match="no arm rando; there are random, broken"):
         run_bench(bench, tmp_path, only=["rando"])
     (path,) = run_bench(bench, tmp_path, seeds=1, only=["random"], workers=1)
+    log = capsys.readouterr().err  # no bar is drawn in it
+    assert "\r" not in log and re.search(r"^b: run 1 of 1, \d+ s, random, seed 1$", log, re.MULTILINE)
     (result,) = read_results(tmp_path / "b")
     assert (result["arm"], result["seed"]) == ("random", 1)
     assert all(len(result["curves"][name]) == 2 for name in CURVES)

@@ -229,6 +229,11 @@ def test_where_m_f_says_nothing_of_kl_a_budget_is_recommended():
     assert (config.kl_budget, config.capo_mode) == (3e-4, "trust_region")
 
 
+def test_a_target_that_no_bound_holds_is_said():
+    with pytest.raises(CalibrationError, match=r"--kl-nats 1e-30: a bound would have to be 0"):
+        choose_for_kl(watched(np.random.default_rng(0)), 1e-30)
+
+
 def test_more_than_all_tokens_with_a_shift_cannot_be_rejected():
     steps = [Step(s.m_f * (s.m_f > 1e-4), s.m_h * 0, s.batch_m_f, s.kl) for s in watched(np.random.default_rng(0))]
     with pytest.raises(CalibrationError, match="a bound would have to be 0, since only"):
@@ -275,7 +280,10 @@ def test_the_command_writes_the_same_thresholds_each_time(tmp_path, capsys):
     out, again = tmp_path / "a.yaml", tmp_path / "b.yaml"
     run = tmp_path / "run"
     assert main(["calibrate", QUICKSTART, *SHORT, "--out", str(out), "--output_dir", str(run)]) == 0
-    printed = capsys.readouterr().out
+    printed, log = capsys.readouterr()
+    assert [line.split(",")[0] for line in log.splitlines() if "step" in line] == [
+        f"calibrate: step {step} of 7" for step in range(1, 8)
+    ]
     text = out.read_text()
     assert text in printed
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -309,6 +317,8 @@ def test_a_target_in_nats_from_the_command_line(tmp_path):
         (["--kl-nats", "-1"], "--kl-nats -1.0 must be above 0"),
         (["--steps", "99"], "--steps 99: thresholds take at least 7, and the run has 20; give 7 to 20"),
         (["--steps", "4"], "--steps 4: thresholds take at least 7, and the run has 20; give 7 to 20"),
+        (["--steps", "6", "--capo_step", "auto"], "--steps 6: thresholds take at least 7, and the run has 20"),
+        (["--steps", "5", "--capo_step", "auto", "--optim", "sgd"], "--steps 5: thresholds take at least 6, and the"),
         (["--max_steps", "3"], "the run has 3 steps, and thresholds take at least 7: give a larger --max_steps"),
         (["--max_steps", "3", "--steps", "3"], "the run has 3 steps, and thresholds take at least 7"),
         (

@@ -29,6 +29,7 @@ from capo_rl.evaluate import (
 )
 from capo_rl.generation import Completion, Sampling, choose_backend, encode, load_generator
 from capo_rl.models import ModelError
+from capo_rl.records import LOCK, RunFolderError, sole_writer
 
 SMALL = Settings("embedded", samples=3, temperature=1.0, top_p=1.0, max_new_tokens=60, batch_size=8)
 
@@ -444,11 +445,33 @@ def test_a_benchmark_that_changed_is_an_error(tmp_path, loaded, monkeypatch):
 
 def test_two_can_not_write_to_one_folder(tmp_path, loaded):
     evaluate(SMALL, ["gsm8k"], tmp_path)
-    with module._sole_writer(tmp_path):
+    with sole_writer(tmp_path):
         for writes in (lambda: evaluate(SMALL, ["math500"], tmp_path), lambda: regrade(tmp_path)):
-            with pytest.raises(EvaluationError, match="another `capo`"):
+            with pytest.raises(RunFolderError, match=r"process \d+ on .* is writing to it; wait for that one"):
                 writes()
     assert regrade(tmp_path).completions == 30
+
+
+def test_a_lock_that_was_left_is_no_evaluation(tmp_path, loaded):
+    (tmp_path / LOCK).write_text("process 1 on another\n")
+    assert len(evaluate(SMALL, ["gsm8k"], tmp_path)["gsm8k"]) == 10
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EvaluationError, match="file: is a file; give another --out"):
+        evaluate(SMALL, ["gsm8k"], tmp_path / "file")
+    with pytest.raises(RunFolderError, match="can't be written to"):
+        evaluate(SMALL, ["gsm8k"], tmp_path / "file" / "below")
+
+
+def test_a_log_has_a_line_for_each_tenth(tmp_path, loaded, capsys):
+    evaluate(SMALL, ["gsm8k"], tmp_path)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown and "it/s" not in shown
+    lines = shown.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"gsm8k: completion {done} of 30" for done in (8, 16, 24, 30)]
+    assert all(", right " in line for line in lines)
 
 
 def test_rules_of_another_version_are_an_error(tmp_path):

@@ -146,11 +146,16 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_nothing_had_happened(build, tm
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
 
 
-def test_weights_that_are_not_finite_are_not_saved(build, tmp_path):
-    trainer = build(WholeCheckpoints, callbacks=[FiniteWeights()], capo_mode="monitor", max_steps=4, **SAVED)
+@pytest.mark.parametrize(
+    ("only", "way"),
+    [(False, "The same command goes on from .*checkpoint-2"), (True, "checkpoint-2 has weights and nothing to go on")],
+)
+def test_weights_that_are_not_finite_are_not_saved(build, tmp_path, only, way):
+    settings = {"capo_mode": "monitor", "max_steps": 4, "save_only_model": only, **SAVED}
+    trainer = build(WholeCheckpoints, callbacks=[FiniteWeights()], **settings)
     compute = trainer._compute_loss
     trainer._compute_loss = lambda *each: compute(*each) * (float("nan") if trainer.state.global_step == 2 else 1)
-    with pytest.raises(CheckpointError, match=r"step 3 left weights that are not finite.*goes on from .*checkpoint-2"):
+    with pytest.raises(CheckpointError, match=f"step 3 left weights that are not finite.*{way}"):
         trainer.train()
     assert list(checkpoints(tmp_path / "run")) == [2, 1]
     assert damage_of(tmp_path / "run" / "checkpoint-2") is None

@@ -85,6 +85,12 @@ def test_settings_that_would_change_the_run_are_refused(build, settings, message
         MonitorCallback(build(GRPOTrainer, GRPOConfig), **settings)
 
 
+def test_translated_bounds_are_for_adam_whatever_form_optim_has(build):
+    trainer = build(GRPOTrainer, GRPOConfig, optim="sgd")  # by now a member of an enumeration
+    with pytest.raises(ValueError, match="capo_units='translated' is for the shifts of single tokens under Adam"):
+        MonitorCallback(trainer, capo_units="translated")
+
+
 def test_only_a_stock_trainer_can_be_watched(build):
     with pytest.raises(TypeError, match="watches itself"):
         MonitorCallback(build())

@@ -36,6 +36,26 @@ def test_a_run_may_go_on_in_its_own_folder_only(tmp_path):
         check_folder(folder, SETTINGS | {"learning_rate": 1e-3, "seed": 1})
 
 
+@pytest.mark.parametrize(
+    ("there", "asked", "same"),
+    [
+        ({}, {"capo_step": "adam"}, True),  # as runs of the time when `adam` was the default have it
+        ({"capo_step": "adam"}, {}, True),
+        ({"optim": "sgd"}, {"optim": "sgd", "capo_step": "sgd"}, True),
+        ({"optim": "adafactor"}, {"optim": "adafactor", "capo_step": "adam"}, True),
+        ({}, {"capo_step": "sgd"}, False),
+        ({"optim": "sgd"}, {"optim": "sgd", "capo_step": "adam"}, False),
+    ],
+)
+def test_a_step_model_is_the_same_named_or_not(tmp_path, there, asked, same):
+    start_run(tmp_path, SETTINGS | there)
+    if same:
+        assert check_folder(tmp_path, SETTINGS | asked) is None
+    else:
+        with pytest.raises(RunFolderError, match=r"other settings \(capo_step\)"):
+            check_folder(tmp_path, SETTINGS | asked)
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match="not empty, and not a run of capo"):
@@ -115,7 +135,7 @@ def test_a_folder_has_one_writer_until_its_process_is_gone(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDS, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with holder:
         assert holder.stdout.readline() == b"here\n"
-        with pytest.raises(RunFolderError, match=f"process {holder.pid} on .* is training in it"), sole_writer(folder):
+        with pytest.raises(RunFolderError, match=f"process {holder.pid} on .* is writing to it"), sole_writer(folder):
             pass
         holder.kill()
     with sole_writer(folder):

@@ -62,7 +62,7 @@ BOUNDS = [
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"fisher": -1e-4}, "fisher=-0.0001"),
+        ({"fisher": -1e-4}, "fisher=-0.0001 must be above 0"),
         ({"hessian": (0.1, -0.1)}, "swap"),
         ({"fisher": NAN}, "NaN"),
         ({"hessian": (NAN, 1.0)}, "NaN"),

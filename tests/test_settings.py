@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -184,9 +185,22 @@ def test_resuming_from_a_named_checkpoint_in_a_new_folder(tmp_path):
         train(short(tmp_path / "four", "--resume_from_checkpoint", str(first)))
 
 
-def test_going_on_without_an_optimizer_is_refused_with_the_way_out(tmp_path):
-    train(short(tmp_path / "run", "--save_only_model", "true"))
-    (tmp_path / "run" / "summary.json").unlink()
+def test_a_run_goes_on_whether_its_step_model_is_named_or_not(tmp_path):
+    """The recipe names `adam`, which `auto` comes to."""
+    train(short(tmp_path / "run", "--capo_step", "auto"))
+    assert train(short(tmp_path / "run", "--max_steps", "3"))["steps"] == 3
+
+
+def test_going_on_without_an_optimizer_is_told_before_and_refused_with_the_way_out(tmp_path, caplog, monkeypatch):
+    def stop(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("capo_rl.train.Record.on_step_begin", stop, raising=False)
+    with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
+        train(short(tmp_path / "run", "--save_only_model", "true"))
+    said = [each.getMessage() for each in caplog.records if each.name == "capo_rl.train"]
+    assert "save_only_model: true writes checkpoints that no run can go on from" in said[0]
+    assert "step 1 is in its checkpoint, and its weights are what is left" in said[-1]
     with pytest.raises(CheckpointError, match=r"save_only_model: true .*give it as model_name_or_path"):
         train(short(tmp_path / "run", "--save_only_model", "true"))
 
@@ -199,6 +213,7 @@ def test_going_on_without_an_optimizer_is_refused_with_the_way_out(tmp_path):
         (["--report_to", "comet_ml"], "comet"),
         (["--use_liger_kernel", "true"], "use_liger_kernel needs liger-kernel"),
         (["--capo_mode", "mask", "--capo_step", "auto", "--optim", "adafactor"], "capo_step='auto' knows"),
+        (["--fp16", "true"], "fp16=True would be ignored: Accelerate has it for accelerators only"),
         (["--model_revision", "v2"], "only a hub id has revisions"),
     ],
 )

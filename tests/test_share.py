@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capo_rl import AdamStep, SGDStep, Thresholds
-from capo_rl.last_layer import last_layer
+from capo_rl import planner as planning
+from capo_rl.last_layer import last_layer, support_rows
 from capo_rl.planner import Planner
 from capo_rl.share import Share, squared_norms
 
@@ -95,3 +96,17 @@ def test_norms_that_are_no_numbers_are_left_out_and_the_state_goes_on_alike():
     for each in (share, other):
         each.update(0.3, 0.7)
     assert share.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize(("silent", "times"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_step_sorts_its_tokens_once(monkeypatch, silent, times, micro_batches):
+    """For its figures, the share and the moments; the moments have rows of their own where a token has no weight."""
+    sorted_tokens = []
+    monkeypatch.setattr(planning, "support_rows", lambda layer: sorted_tokens.append(layer) or support_rows(layer))
+    planner = Planner(AdamStep(0.1), Thresholds(None, None), share=True)
+    for seed in range(micro_batches):
+        hidden, logits, actions, weights, _ = tokens(seed, 6, 3, 8)
+        planner.plan(hidden, logits, actions, weights).weights = weights.where(torch.arange(6) >= silent, 0)
+    planner.commit()
+    assert len(sorted_tokens) == times

@@ -143,6 +143,9 @@ def test_the_model_card_names_the_model_the_method_and_the_paper(whole):
     assert "a fine-tuned version of `embedded`" in card
     assert "CAPO, Curvature-Aware Policy Optimization" in card
     assert card.count("2510.00819") >= 3
+    entry = card[card.index("@misc") :]
+    assert all(entry.count(f"  {field} ") == 1 for field in ("title", "author", "year", "eprint", "archivePrefix"))
+    assert entry.count("{") == entry.count("}") and "Melo, Luckeciano C. and Abate, Alessandro and Gal, Yarin" in entry
     assert "None" not in card and "DeepSeekMath" not in card
 
 

@@ -86,7 +86,7 @@ def test_a_copy_brings_the_weights_back_bit_for_bit_even_from_infinity():
 
 def test_optimizers_whose_step_is_not_known_are_refused():
     weight = torch.zeros(1, requires_grad=True)
-    with pytest.raises(TypeError, match="use 'copy'"):
+    with pytest.raises(ValueError, match="use 'copy'"):
         RecomputedStep(torch.optim.SGD([weight], lr=0.1))
     with pytest.raises(ValueError, match="amsgrad"):
         RecomputedStep(torch.optim.AdamW([weight], lr=0.1, amsgrad=True))

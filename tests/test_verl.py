@@ -218,7 +218,11 @@ def test_settings_survive_verls_config_tree():
         ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask"),
         ({"capo": {"top_k": 0}}, "actor.capo.top_k=0 must be at least 1"),
         ({"capo": {"max_missing_mass": 2}}, "actor.capo.max_missing_mass=2 is a probability"),
-        ({"capo": {"hessian_low": 1, "hessian_high": 0}}, "swap them"),
+        (
+            {"capo": {"hessian_low": 1, "hessian_high": 0}},
+            "actor.capo.hessian_low=1 and actor.capo.hessian_high=0: the l",
+        ),
+        ({"capo": {"fisher_threshold": 0.0}}, "actor.capo.fisher_threshold=0.0 must be above 0"),
         ({"strategy": "veomni"}, "actor.strategy='veomni' is not FSDP"),
         ({"ulysses_sequence_parallel_size": 2}, "actor.ulysses_sequence_parallel_size=2 splits a sequence"),
         ({"use_fused_kernels": True}, "actor.use_fused_kernels=True hides the output head"),

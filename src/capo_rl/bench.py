@@ -26,14 +26,15 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm.auto import tqdm
 
+from capo_rl.progress import Progress
 from capo_rl.records import column, read_metrics, versions, write_json
 from capo_rl.strict_yaml import load_yaml
 
@@ -155,13 +156,16 @@ def run_bench(
     ]
     missing = [run for run in wanted if not run[2].exists()]
     failed: dict[str, BaseException] = {}
-    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), _one_thread) as pool:
+    there = len(wanted) - len(missing)
+    with (
+        ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), _one_thread) as pool,
+        closing(Progress(len(wanted), bench.name, "run", done=there)) as progress,
+    ):
         futures: dict[Future[None], str] = {
             pool.submit(_run, bench, arm, seed, path): f"{arm}, seed {seed}" for arm, seed, path in missing
         }
-        bar = tqdm(as_completed(futures), total=len(wanted), initial=len(wanted) - len(missing), desc=bench.name)
-        for future in bar:
-            bar.set_postfix_str(futures[future])
+        for done, future in enumerate(as_completed(futures), start=there + 1):
+            progress.update(done, futures[future])
             if (error := future.exception()) is not None:
                 failed[futures[future]] = error
     if failed:

@@ -206,7 +206,8 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.total = state.max_steps
         self.steps = default_steps(self.total) if self.asked is None else self.asked
-        fewest = FEWEST if args.capo_step == "adam" else FEWEST - 1  # Adam's first does not count
+        adam = isinstance(self.trainer.planner.step, AdamStep)
+        fewest = FEWEST if adam else FEWEST - 1  # Adam's first does not count
         if self.total < fewest:
             raise CalibrationError(
                 f"the run has {self.total} steps, and thresholds take at least {fewest}: give a larger --max_steps"
@@ -303,7 +304,7 @@ def choose_for_kl(steps: Sequence[Step], kl: float) -> Choice:
     Where m_F explains less than half of log KL (R² with slope one), no bound on it holds a KL: the choice is then a
     budget for the measured KL, and the bound is only a remark.
 
-    Raises `CalibrationError` for too few steps.
+    Raises `CalibrationError` for too few steps, or a target that no bound holds.
     """
     if len(steps) < FEWEST - 1:
         raise CalibrationError(f"{len(steps)} steps count: intervals of 95 % need {FEWEST - 1}; raise --steps")
@@ -322,6 +323,11 @@ def choose_for_kl(steps: Sequence[Step], kl: float) -> Choice:
             f"{_number(bound)} [{_number(interval[0])}, {_number(interval[1])}]"
         )
         return Choice(Thresholds(None, (None, None)), {}, remarks, budget=kl)
+    if not bound:
+        raise CalibrationError(
+            f"--kl-nats {kl:.3g}: a bound would have to be 0, since even the tokens that move least are too much "
+            "for it: ask for more, or use a lower learning rate"
+        )
     if math.isinf(bound):
         remarks.append("all watched steps keep within the target without a bound")
     else:

@@ -208,4 +208,8 @@ def _disk_is_the_cause(error: Exception, folder: Path) -> bool:
 
 def _advice(folder: Path) -> str:
     last = next(iter(checkpoints(folder).values()), None)
-    return f"The same command goes on from {last}" if last else "There is no earlier checkpoint"
+    if last is None:
+        return "There is no earlier checkpoint"
+    if not (last / STATE_FILE).exists():
+        return f"{last} has weights and nothing to go on with, since save_only_model is true"
+    return f"The same command goes on from {last}"

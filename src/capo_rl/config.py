@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 import functools
-import math
 import os
 import typing
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from typing import Any
 from trl import GRPOConfig
 
 from capo_rl.fields import wrong_type
-from capo_rl.selection import Thresholds
+from capo_rl.selection import Thresholds, check_bounds
+from capo_rl.step_model import fit_of_name
 from capo_rl.trust_region import KL_BUDGET
 
 _CHOICES = {
@@ -24,6 +24,9 @@ _CHOICES = {
     "capo_moments": ("float32", "bfloat16"),
     "capo_kl_control": ("learning_rate", "copy", "optimizer"),
 }
+
+# In the order of `check_bounds`.
+_BOUNDS = ("capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high")
 
 # The losses whose denominators are defined on accepted tokens (docs/algorithm.md, "Denominators").
 MASKABLE_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
@@ -230,19 +233,7 @@ def check_capo(config: Any) -> None:
     for name, hint in _own_types().items():
         if (wrong := wrong_type(getattr(config, name), hint)) is not None:
             raise ValueError(f"{name}={getattr(config, name)!r} {wrong}")
-    low, high = config.capo_hessian_low, config.capo_hessian_high
-    for name in ("capo_fisher_threshold", "capo_hessian_low", "capo_hessian_high"):
-        if (bound := getattr(config, name)) is not None and math.isnan(bound):
-            raise ValueError(f"{name} is NaN: give a number, or null for no bound")
-    if config.capo_fisher_threshold is not None and not config.capo_fisher_threshold > 0:
-        raise ValueError(
-            f"capo_fisher_threshold={config.capo_fisher_threshold} must be above 0, or null for no bound: a policy "
-            "shift is never negative, and zero only where a token has no advantage, so this rejects every token"
-        )
-    if low is not None and high is not None and low > high:
-        raise ValueError(
-            f"capo_hessian_low={low} and capo_hessian_high={high}: the lower bound is above the upper; swap them"
-        )
+    check_bounds(config.capo_fisher_threshold, config.capo_hessian_low, config.capo_hessian_high, _BOUNDS)
     if config.capo_top_k is not None and config.capo_top_k < 1:
         raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
     if not 0 <= config.capo_max_missing_mass <= 1:
@@ -273,8 +264,9 @@ def check_capo(config: Any) -> None:
             raise ValueError("capo_soft and capo_penalty both take the mask's place: use one of them")
         if config.capo_granularity != "token":
             raise ValueError("capo_soft and capo_penalty weigh tokens one by one: use capo_granularity='token'")
-    sgd = config.capo_step == "sgd" or (config.capo_step == "auto" and str(config.optim).endswith("sgd"))
-    if config.capo_units == "translated" and (sgd or config.capo_granularity != "token"):
+    auto = config.capo_step == "auto"
+    step = fit_of_name(config.optim, config.optim_args).model if auto else config.capo_step
+    if config.capo_units == "translated" and (step == "sgd" or config.capo_granularity != "token"):
         raise ValueError(
             "capo_units='translated' is for the shifts of single tokens under Adam: use capo_units='plain' with "
             "capo_step='sgd' or another capo_granularity"

@@ -3,6 +3,7 @@
 evaluation.json    the settings, and the versions of the libraries
 BENCHMARK.jsonl    one JSON object a problem: id, prompt, gold answer, rule, and its graded completions
 summary.json       the figures of each benchmark, and their mean
+.lock              held while a process writes here, and whose it is
 
 Of a secret benchmark (GPQA, whose authors ask that its text never be published) only ids, extracted letters and
 verdicts are kept: no prompt and no completion. So `capo regrade`, which grades what is on disk again, can't do it.
@@ -12,12 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from capo_rl.generation import (
     seed_of,
 )
 from capo_rl.grading import TIMED_OUT, Grader
-from capo_rl.records import versions, write_json, written_whole
+from capo_rl.progress import Progress
+from capo_rl.records import LOCK, sole_writer, versions, write_json, written_whole
 from capo_rl.statistics import (
     bootstrap_interval,
     paired_bootstrap,
@@ -92,13 +93,14 @@ def evaluate(
     to the same completions, except on vLLM, as one that was not. `data` is a folder with the benchmarks' files.
 
     Raises `EvaluationError` for a folder that holds another evaluation, or completions longer than the model can read;
-    `BenchmarkError` and `ModelError` for benchmarks and models that can't be loaded.
+    `BenchmarkError` and `ModelError` for benchmarks and models that can't be loaded; `RunFolderError` for a folder that
+    another process writes to.
     """
     folder = Path(folder)
     backend = choose_backend(settings.model)
     _check_folder(folder, settings, backend)
     problems = {name: _chosen(load_benchmark(name, data), settings.limit) for name in names}
-    with _sole_writer(folder):
+    with sole_writer(folder):
         there = {name: _finished(folder / f"{name}.jsonl", problems[name]) for name in problems}
         if any(len(there[name]) < len(problems[name]) for name in problems):
             generator = load_generator(settings.model, backend)
@@ -113,28 +115,15 @@ def evaluate(
 
 
 def _check_folder(folder: Path, settings: Settings, backend: str) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
+    if folder.is_file():
+        raise EvaluationError(f"{folder}: is a file; give another --out")
+    if not folder.exists() or all(path.name == LOCK for path in folder.iterdir()):
         return
     there, asked = read_settings(folder), _description(settings, backend)["settings"]
     if other := sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name)):
         raise EvaluationError(
             f"{folder}: holds an evaluation with other settings ({', '.join(other)}); give another --out, or remove it"
         )
-
-
-@contextlib.contextmanager
-def _sole_writer(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to the folder; the system ends that with this process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(f"{folder}: another `capo` is writing to it; wait for that one") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _description(settings: Settings, backend: str) -> dict[str, Any]:
@@ -174,18 +163,12 @@ def _run(
     name: str, batches: Sequence[Sequence[_Row]], there: set[str], path: Path, generator: Generator, settings: Settings
 ) -> None:
     """Complete and grade a benchmark; a problem is appended to the file with the batch that has the last of it."""
-    from tqdm.auto import tqdm
-
     samples, sampling = _sampling(name, settings)
     unwritten: dict[str, list[Completion]] = defaultdict(list)
     right = written = 0
-    with (
-        Grader() as grader,
-        path.open("ab") as file,
-        tqdm(total=sum(map(len, batches)), desc=name, unit="completion", dynamic_ncols=True) as bar,
-    ):
-        bar.update(samples * len(there))
-        bar.refresh()
+    done = samples * len(there)
+    progress = Progress(sum(map(len, batches)), name, "completion", done=done)
+    with Grader() as grader, path.open("ab") as file, contextlib.closing(progress):
         for batch in batches:
             if missing := sum(row.problem.id not in there for row in batch):
                 completions = generator.generate([row.ids for row in batch], [row.seed for row in batch], sampling)
@@ -201,9 +184,8 @@ def _run(
                 there |= whole.keys()
                 written += len(lines) * samples
                 right += sum(_right(answer) for line in lines for answer in line["completions"])
-                if written:
-                    bar.set_postfix_str(f"right {right / written:.1%}", refresh=False)
-                bar.update(missing)
+                done += missing
+                progress.update(done, f"right {right / written:.1%}" if written else "")
 
 
 def _sampling(name: str, settings: Settings) -> tuple[int, Sampling]:
@@ -426,14 +408,15 @@ class Regraded:
 def regrade(folder: str | Path) -> Regraded:
     """Grade the completions of an evaluation again, from its files alone, and write the new verdicts and summary.
 
-    Raises `EvaluationError` if the folder holds no evaluation, or one whose rules this version does not know.
+    Raises `EvaluationError` if the folder holds no evaluation, or one whose rules this version does not know, and
+    `RunFolderError` for one that another process writes to.
     """
     folder = Path(folder)
     read_settings(folder)
     completions = 0
     secret = []
     changes: list[Change] = []
-    with _sole_writer(folder), Grader() as grader:
+    with sole_writer(folder), Grader() as grader:
         evaluation = read_evaluation(folder)
         for name, lines in evaluation.items():
             if BENCHMARKS[name].gated:

@@ -59,8 +59,8 @@ class WholeSecondMoment(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.whole: dict[Tensor, Tensor] = {}
-        self.before = 0.0  # the norm of the accepted tokens' gradient, unclipped
-        masked, clip = trainer._compute_loss, trainer._clip_grad_norm
+        self.factor = 1.0  # what clipping multiplied the accepted tokens' gradient by
+        masked, clip = trainer._compute_loss, trainer._clip
 
         def both_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
             planner, trainer.planner = trainer.planner, None  # TRL's own loss
@@ -70,16 +70,14 @@ class WholeSecondMoment(TrainerCallback):
             trainer.planner = planner
             return masked(model, inputs)
 
-        def clipped(model: Any) -> Any:
-            norm = clip(model)
-            self.before = float(norm)
-            return norm
+        def clipped(finite: bool) -> float:
+            self.factor = clip(finite)
+            return self.factor
 
-        trainer._compute_loss, trainer._clip_grad_norm = both_losses, clipped
+        trainer._compute_loss, trainer._clip = both_losses, clipped
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        factor = min(1.0, args.max_grad_norm / (self.before + 1e-6))
         for group in optimizer.param_groups:
             beta2 = group["betas"][1]
             for weight in group["params"]:
@@ -91,7 +89,7 @@ class WholeSecondMoment(TrainerCallback):
                     moments |= {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
                 # The optimizer is about to add (1 − β₂) g_acc². A little less is taken off, or a root may be of less
                 # than nothing.
-                missing = (factor * self.whole[weight]).square() - 0.9999 * weight.grad.square()
+                missing = (self.factor * self.whole[weight]).square() - 0.9999 * weight.grad.square()
                 moments["exp_avg_sq"].add_(missing, alpha=(1 - beta2) / beta2)
 
 

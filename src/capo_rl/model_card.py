@@ -8,11 +8,13 @@ import yaml
 
 ARXIV = "2510.00819"
 TITLE = "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning"
-CITATION = f"""@article{{capo2025,
-  title         = {{{TITLE}}},
+CITATION = f"""@misc{{melo2025capo,
+  title         = {{{{{TITLE}}}}},
+  author        = {{Melo, Luckeciano C. and Abate, Alessandro and Gal, Yarin}},
   year          = {{2025}},
   eprint        = {{{ARXIV}}},
   archivePrefix = {{arXiv}},
+  primaryClass  = {{cs.LG}},
   url           = {{https://arxiv.org/abs/{ARXIV}}}
 }}"""
 _WAYS = {

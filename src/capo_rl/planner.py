@@ -11,7 +11,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from capo_rl.divergence import measured_kl
 from capo_rl.head import Head
 from capo_rl.last_layer import (
     LastLayer,
+    SupportRows,
     check_tokens,
     last_layer,
     logit_chunks,
@@ -60,6 +62,11 @@ class MicroBatch:
     used: Tensor
     weights: Tensor | None = None
     whole: Tensor | None = None
+
+    @cached_property
+    def rows(self) -> SupportRows:
+        """The vocabulary rows of its tokens: one sort for all gradients over them."""
+        return support_rows(self.layer)
 
 
 class Planner:
@@ -201,14 +208,17 @@ class Planner:
             if self.share is not None:
                 whole = weights if batch.whole is None else scale * batch.whole
                 accepted_and_all = torch.stack([whole.where(batch.keep, 0), whole])
-                rows = support_rows(batch.layer).over(self.processes)
+                rows = batch.rows.over(self.processes)
                 self.share.update(*squared_norms(batch.layer, accepted_and_all, rows).tolist())
                 figures["capo/share"] = self.share.value
             # A token with no weight has no gradient, and its rows need no memory.
             counted = weights != 0
-            layer = batch.layer if counted.all() else batch.layer[counted]
-            rows = support_rows(layer).over(self.processes)
-            self.step.update(row_gradient(layer, weights[counted], rows))
+            if counted.all():
+                layer, rows = batch.layer, batch.rows
+            else:  # a part is faster sorted anew than found in the whole
+                layer = batch.layer[counted]
+                rows = support_rows(layer)
+            self.step.update(row_gradient(layer, weights[counted], rows.over(self.processes)))
         figures["capo/accepted_tokens"] = float(self.accepted_tokens)
         return figures
 
@@ -249,7 +259,7 @@ class Planner:
         """The micro-batches as one, or None before the first."""
         batches = self.micro_batches
         if len(batches) < 2:
-            return batches[0] if batches else None
+            return replace(batches[0]) if batches else None  # what it keeps for the step is gone with it
         return MicroBatch(
             LastLayer.cat([batch.layer for batch in batches]),
             torch.cat([batch.advantages for batch in batches]),
@@ -294,7 +304,8 @@ class Planner:
         if weights is not None:
             gradients.append(weights)
         stacked = torch.stack([gradient.to(layer.u.dtype) for gradient in gradients])
-        v = subset_direction(layer, stacked, self.step, support_rows(layer).over(self.processes))
+        rows = batch.rows if layer is batch.layer else support_rows(layer)
+        v = subset_direction(layer, stacked, self.step, rows.over(self.processes))
         everyone = shifts_along(v[0], layer, advantages, self.fisher)
         chosen = shifts_along(v[1], layer, advantages, self.fisher)[keep] if altered else everyone
         means = {

@@ -6,7 +6,7 @@ summary.json    written when the run is over
 tokens/         with capo_tokens_every: what each token of a step got (`tokens`)
 curves.png
 README.md       the model card
-.lock           held while a process trains here, and whose it is
+.lock           held while a process writes here, and whose it is
 checkpoint-N/   weights, optimizer, step model, random states
 """
 
@@ -23,6 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from capo_rl.step_model import fit_of_name
 
 Metrics = list[dict[str, Any]]
 
@@ -57,6 +59,8 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
         there = json.loads((folder / "run.json").read_text())["settings"]
     except (OSError, ValueError, KeyError):
         raise RunFolderError(f"output_dir={folder}: not empty, and not a run of capo; choose another") from None
+    # a step model may be named or left to `auto`, whichever was the default
+    there, asked = ({**each, "capo_step": _step_model(each)} for each in (there, asked))
     if there == asked:
         return None
     other = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
@@ -68,9 +72,15 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
     )
 
 
+def _step_model(settings: Mapping[str, Any]) -> str:
+    if (named := settings.get("capo_step", "auto")) != "auto":
+        return named
+    return fit_of_name(settings.get("optim", "adamw_torch"), settings.get("optim_args")).model or "adam"
+
+
 @contextmanager
 def sole_writer(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from training in the folder; the system ends that with this process, however it ends.
+    """Keep other processes from writing to the folder; the system ends that with this process, however it ends.
 
     Raises `RunFolderError`, naming the process that has it, or for a folder that can't be written to.
     """
@@ -79,7 +89,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(f"output_dir={folder}: can't be written to ({error}); give another folder") from None
+        raise RunFolderError(f"{folder}: can't be written to ({error}); give another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -87,7 +97,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RunFolderError(
-                f"output_dir={folder}: {holder} is training in it; wait for that one or stop it, or give another folder"
+                f"{folder}: {holder} is writing to it; wait for that one or stop it, or give another folder"
             ) from None
         except OSError as error:
             logger.warning("%s: can't be locked (%s), so see that only one run writes to it", folder, error)

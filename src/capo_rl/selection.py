@@ -24,31 +24,41 @@ class Thresholds:
     `None` or an infinity leaves a side open. The paper's Table 4 and Appendix J use one symmetric bound
     |m_H| < δ_H; Eq. 11 has two sides. Both can be written; the defaults are the paper's for CAPO.
 
-    Raises `ValueError` for a negative δ_F, a NaN, or sides in the wrong order.
+    Raises `ValueError` as `check_bounds` does, but not for a δ_F of 0.
 
     >>> Thresholds(fisher=None, hessian=None)
     Thresholds(fisher=None, hessian=None)
     >>> Thresholds(hessian=(1e-2, -1e-2))
     Traceback (most recent call last):
         ...
-    ValueError: hessian=(0.01, -0.01): the lower bound is above the upper; swap them
+    ValueError: hessian[0]=0.01 and hessian[1]=-0.01: the lower bound is above the upper; swap them
     """
 
     fisher: float | None = 1e-4
     hessian: tuple[float | None, float | None] | None = (-1e-2, 1e-2)
 
     def __post_init__(self) -> None:
-        fisher, (low, high) = self.fisher, self.hessian or (None, None)
-        for name, bound in (("fisher", fisher), ("hessian low", low), ("hessian high", high)):
-            if bound is not None and math.isnan(bound):
-                raise ValueError(f"{name} threshold is NaN: give a number, or None for no bound")
-        if fisher is not None and fisher < 0:
-            raise ValueError(
-                f"fisher={fisher}: a policy shift is never negative, so this rejects every token; "
-                "give a bound above 0, or None for no bound"
-            )
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"hessian=({low}, {high}): the lower bound is above the upper; swap them")
+        # 0 keeps only what does not move at all: no bound to train with, and the end of some interval of bounds
+        check_bounds(self.fisher or None, *(self.hessian or (None, None)))
+
+
+def check_bounds(
+    fisher: float | None,
+    low: float | None,
+    high: float | None,
+    names: tuple[str, str, str] = ("fisher", "hessian[0]", "hessian[1]"),
+) -> None:
+    """Raises `ValueError`, naming the bound, for a NaN, a δ_F that is not above 0, or sides in the wrong order."""
+    for name, bound in zip(names, (fisher, low, high), strict=True):
+        if bound is not None and math.isnan(bound):
+            raise ValueError(f"{name} is NaN: give a number, or null (None) for no bound")
+    if fisher is not None and not fisher > 0:
+        raise ValueError(
+            f"{names[0]}={fisher} must be above 0, or null (None) for no bound: a policy shift is never negative, and "
+            "zero only where a token has no advantage, so this rejects every token"
+        )
+    if low is not None and high is not None and low > high:
+        raise ValueError(f"{names[1]}={low} and {names[2]}={high}: the lower bound is above the upper; swap them")
 
 
 def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:

@@ -114,6 +114,12 @@ def _train(recipe: Recipe, folder: Path, asked: dict[str, Any], checkpoint: str 
     if args.use_cpu and args.world_size > 1:  # transformers passes ddp_timeout on for other devices only
         torch.distributed.distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
 
+    if args.save_only_model and args.process_index == 0:
+        logger.warning(
+            "%s: save_only_model: true writes checkpoints that no run can go on from, so one that is stopped is lost "
+            "but for its weights, and it can't be made longer",
+            folder,
+        )
     trainer, dropped = make_trainer(recipe)
     record = Record(folder)
     trainer.add_callback(record)
@@ -130,7 +136,8 @@ def _train(recipe: Recipe, folder: Path, asked: dict[str, Any], checkpoint: str 
 
     if stop.told and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
-        logger.warning("%s: told to stop; step %d is in its checkpoint, and the same command goes on", folder, step)
+        after = "its weights are what is left" if args.save_only_model else "the same command goes on"
+        logger.warning("%s: told to stop; step %d is in its checkpoint, and %s", folder, step, after)
         raise SystemExit(stop.status)
     if not trainer.is_world_process_zero():
         return {}
@@ -187,6 +194,8 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         revision=recipe.model.model_revision,
     )
     try:
+        if args.fp16 and args.device.type == "cpu":
+            raise ValueError("fp16=True would be ignored: Accelerate has it for accelerators only; use bf16: true")
         if args.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
             raise ImportError("use_liger_kernel needs liger-kernel: pip install liger-kernel")
         trainer = WholeCheckpoints(

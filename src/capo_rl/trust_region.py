@@ -94,14 +94,18 @@ class CopiedStep:
 
 
 def check_recomputable(optimizer: Optimizer) -> None:
-    """Raises `TypeError` for an optimizer that is not torch's Adam or AdamW, and `ValueError` for amsgrad."""
+    """Raises `ValueError` for an optimizer that is not torch's Adam or AdamW, and for one with amsgrad."""
+    if (why := _not_recomputed(optimizer)) is not None:
+        raise ValueError(f"capo_kl_control='optimizer' {why}: use 'copy'")
+
+
+def _not_recomputed(optimizer: Optimizer) -> str | None:
+    """Why an optimizer's step can't be had from its state, None if it can."""
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-        raise TypeError(
-            f"capo_kl_control='optimizer' recomputes Adam's step, and the optimizer is {type(optimizer).__name__}: "
-            "use 'copy'"
-        )
+        return f"recomputes Adam's step, and the optimizer is {type(optimizer).__name__}"
     if any(group["amsgrad"] for group in optimizer.param_groups):
-        raise ValueError("capo_kl_control='optimizer' does not know amsgrad's step: use 'copy'")
+        return "does not know amsgrad's step"
+    return None
 
 
 class RecomputedStep:
@@ -141,8 +145,7 @@ class RecomputedStep:
 def way_back(optimizer: Optimizer) -> Way:
     """The cheaper way back from the coming step: from Adam's moments where they make its step to the last digit."""
     exact = all(weight.dtype in (torch.float32, torch.float64) for weight in _trained(optimizer))
-    adam = isinstance(optimizer, torch.optim.Adam) and not any(group["amsgrad"] for group in optimizer.param_groups)
-    return RecomputedStep(optimizer) if exact and adam else CopiedStep(optimizer)
+    return RecomputedStep(optimizer) if exact and _not_recomputed(optimizer) is None else CopiedStep(optimizer)
 
 
 class Backtracking:

@@ -50,7 +50,7 @@ from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.processes import Processes
 from capo_rl.records import written_whole
-from capo_rl.selection import Thresholds, accepted_mean
+from capo_rl.selection import Thresholds, accepted_mean, check_bounds
 from capo_rl.step import AdamStep, SGDStep
 
 # Wherever TRL is installed, verl's FSDP engine changes a method of a class that TRL 1.16 no longer has: an empty one.
@@ -100,7 +100,8 @@ class CAPOSettings:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"actor.capo.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        _ = self.thresholds  # refuses negative or swapped bounds
+        names = ("actor.capo.fisher_threshold", "actor.capo.hessian_low", "actor.capo.hessian_high")
+        check_bounds(self.fisher_threshold, self.hessian_low, self.hessian_high, names)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"actor.capo.top_k={self.top_k} must be at least 1, or null for the whole vocabulary")
         if not 0 <= self.max_missing_mass <= 1:
