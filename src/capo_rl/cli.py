@@ -13,7 +13,29 @@ from capo_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+
+    `capo doctor` of a run that collapsed: 1.
+    """
+    parser = make_parser()
+    options, others = parser.parse_known_args(arguments)
+    if options.run is _calibrate:
+        options.overrides = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    try:
+        return run(options) or 0
+    except _mendable() as error:
+        print(f"capo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
+        print("capo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `capo` and its commands."""
     parser = argparse.ArgumentParser(
         prog="capo",
         description="Curvature-Aware Policy Optimization: RL post-training that leaves out the tokens that would break "
@@ -135,21 +157,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     explain.set_defaults(run=_explain)
 
-    options, others = parser.parse_known_args(arguments)
-    if options.run is _calibrate:
-        options.overrides = others
-    elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    run: Callable[[argparse.Namespace], None] = options.run
-    try:
-        run(options)
-    except _mendable() as error:
-        print(f"capo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
-        print("capo: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    doctor = commands.add_parser(
+        "doctor",
+        help="say of a run whether it collapsed, what moved first, and what to try; without one, versions and hardware",
+        description="Read what a run logged and say in words whether it collapsed, when, what moved first, how far its "
+        "updates went, and which settings to try. Ours or any TRL run: metrics.jsonl, trainer_state.json, TensorBoard "
+        "events, or a wandb or trackio export. Without a run: versions and hardware, for a bug report.",
+        epilog="Exit status: 0 it lives, 1 it collapsed, 2 it can't be told.",
+    )
+    doctor.add_argument("path", nargs="?", metavar="RUN", help="the folder of a run, or a file of its figures")
+    doctor.add_argument("--versions", action="store_true", help="versions and hardware only")
+    doctor.set_defaults(run=_doctor)
+    return parser
 
 
 def _file(name: str) -> str:
@@ -310,6 +329,19 @@ def _explain(options: argparse.Namespace) -> None:
     print(write_explanation(options.folder, options.step, options.out))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from capo_rl.doctor import diagnose, environment, read_log
+
+    if options.path is None or options.versions:
+        for name, value in environment().items():
+            print(f"{name}: {value}")
+        return 0
+    log = read_log(options.path)
+    diagnosis = diagnose(log)
+    print(f"{log.source}\n{diagnosis}")
+    return 0 if diagnosis.collapsed is None else 1
+
+
 def _show(summary: dict[str, Any], folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -413,6 +445,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.recipe_file": "RecipeError",
         "capo_rl.calibrate": "CalibrationError",
         "capo_rl.data": "DataError",
+        "capo_rl.doctor": "DoctorError",
         "capo_rl.models": "ModelError",
         "capo_rl.records": "RunFolderError",
         "capo_rl.bench": "BenchError",
