@@ -1,4 +1,4 @@
-"""`capo doctor` says of dead runs that they are dead, of living ones that they live, and of other files what they are."""
+"""`capo doctor` says of dead runs that they are dead, of living ones that they live, of other files what is wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import SETTINGS
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOConfig
@@ -18,6 +17,7 @@ from capo_rl.cli import main
 from capo_rl.doctor import FIGURES, DoctorError, diagnose, environment, moved, read_log
 from capo_rl.own_fields import KL_BUDGET
 from capo_rl.statistics import collapsed
+from conftest import SETTINGS
 
 RESULTS = Path(__file__).parents[1] / "results"
 DEAD = RESULTS / "range" / "grpo-lr-1e-3" / "11.json"

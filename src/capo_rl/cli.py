@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "the recipe can be given again on the command line; `capo train RECIPE --help` lists all.",
         usage="capo train RECIPE [--FIELD VALUE ...]",
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `capo recipes` lists")
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
 
@@ -63,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage="capo calibrate RECIPE [--rejection-rate R | --kl-nats X] [--steps N] [--out FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
-    calibrate.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    calibrate.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `capo recipes` lists")
     target = calibrate.add_mutually_exclusive_group()
     target.add_argument("--rejection-rate", type=float, metavar="R", help="the share of the tokens to reject")
     target.add_argument("--kl-nats", type=float, metavar="X", help="nats a token that no update should pass")
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="run a grid of experiments",
         description="Run what is missing of a grid of runs, each on one core.",
     )
-    bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one in experiments/")
+    bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one of the package's (experiments/)")
     bench.add_argument("--seeds", type=int, help="only the first so many of its seeds")
     bench.add_argument("--only", nargs="+", default=[], metavar="ARM", help="only these arms")
     bench.add_argument("--quick", action="store_true", help="one seed and 20 steps of each arm, to see that it runs")
@@ -157,6 +157,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     explain.set_defaults(run=_explain)
 
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes that come with the package, or copy one to edit",
+        description="List the recipes that come with the package; print one, or copy it to edit. `capo train NAME` "
+        "takes them by name, and a file of that name goes first.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    recipes.add_argument("--out", type=_file, metavar="FILE", help="copy it there")
+    recipes.set_defaults(run=_recipes)
+
     doctor = commands.add_parser(
         "doctor",
         help="say of a run whether it collapsed, what moved first, and what to try; without one, versions and hardware",
@@ -194,9 +204,9 @@ def _train(options: argparse.Namespace) -> None:
     # What libraries say to one another about their next versions is not for someone who watches a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
-    from capo_rl.recipe_file import check_there
+    from capo_rl.recipe_file import find_recipe
 
-    check_there(options.recipe)
+    options.recipe = find_recipe(options.recipe)
 
     from capo_rl.recipe import read_recipe
 
@@ -209,14 +219,39 @@ def _train(options: argparse.Namespace) -> None:
         _show(summary, recipe.training.output_dir)
 
 
+def _recipes(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from capo_rl.packaged import first_line, packaged
+    from capo_rl.recipe_file import RecipeError
+
+    ours = packaged("recipes")
+    if options.name is None:
+        if options.out is not None:
+            raise RecipeError("--out: which recipe? give a name of `capo recipes`")
+        for name, file in ours.items():
+            print(f"{name}\n    {first_line(file)}")
+        return
+    if options.name not in ours:
+        raise RecipeError(f"{options.name}: not a recipe of the package; there are {', '.join(ours)}")
+    text = ours[options.name].read_text(encoding="utf-8")
+    if options.out is None:
+        print(text, end="")
+    elif Path(options.out).exists():
+        raise RecipeError(f"{options.out}: is there already; give another name")
+    else:
+        Path(options.out).write_text(text, encoding="utf-8")
+        print(options.out)
+
+
 def _calibrate(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
     from pathlib import Path
 
-    from capo_rl.recipe_file import check_there
+    from capo_rl.recipe_file import find_recipe
 
-    check_there(options.recipe)
+    options.recipe = find_recipe(options.recipe)
 
     from capo_rl.calibrate import calibrate
 
@@ -234,8 +269,12 @@ def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from capo_rl.bench import quick, read_bench, run_bench
+    from capo_rl.packaged import packaged
 
-    path = Path(options.name) if options.name.endswith(".yaml") else Path("experiments", f"{options.name}.yaml")
+    path = Path(options.name)
+    if not path.is_file() and not options.name.endswith(".yaml"):
+        here = Path("experiments", f"{options.name}.yaml")
+        path = here if here.is_file() else packaged("experiments").get(options.name, here)
     bench = read_bench(path)
     if options.quick:
         bench = quick(bench)

@@ -5,9 +5,9 @@ the observations before the collapse (of a run that lives, over all):
 
     zₜ = (xₜ − median(x₁, …, xₖ)) / max(1.4826 · MAD(x₁, …, xₖ), least)        k: a third of them, and at least five
 
-A figure has moved at the first of three observations in a row with z > 5; entropy and length, which go wrong either way,
-with |z| > 5. `least` is 1 % of the median, and for the KL of an update 1e-3 nats, so that a rise from 1e-7 to 1e-5 is
-none. How often it speaks in runs that die and in runs that live is in docs/doctor.md.
+A figure has moved at the first of three observations in a row with z > 5; entropy and length, which go wrong either
+way, with |z| > 5. `least` is 1 % of the median, and for the KL of an update 1e-3 nats, so that a rise from 1e-7 to
+1e-5 is none. How often it speaks in runs that die and in runs that live is in docs/doctor.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from trl import ModelConfig, TrlParser
 
 from capo_rl.config import CAPOConfig
 from capo_rl.fields import check_fields, check_types
-from capo_rl.recipe_file import RecipeError, check_there
+from capo_rl.recipe_file import RecipeError, find_recipe
 from capo_rl.strict_yaml import load_yaml
 
 
@@ -56,11 +56,13 @@ _SECTIONS = (DataConfig, ModelConfig, CAPOConfig)
 def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; `overrides` are options as on the command line, `["--learning_rate", "1e-5"]`.
 
+    `path` is a file, or the name of one of the package's.
+
     Raises `RecipeError` for a file that is missing or no mapping, a field that does not exist (naming the nearest one
     that does), one that would be ignored (`fields`), and values of another type, out of range, or that contradict one
     another.
     """
-    overrides = list(overrides or [])
+    path, overrides = find_recipe(path), list(overrides or [])
     parser = TrlParser(_SECTIONS, prog=f"capo train {path}", usage="%(prog)s [--FIELD VALUE ...]", allow_abbrev=False)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     content = _mapping(path)
@@ -95,7 +97,6 @@ def settings(recipe: Recipe) -> dict[str, object]:
 
 
 def _mapping(path: str) -> dict[str, object]:
-    check_there(path)
     try:
         content = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
