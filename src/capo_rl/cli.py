@@ -46,10 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model by a recipe, or go on with a run that was stopped",
-        description="Train a model by a recipe. A run that was stopped goes on from its last checkpoint. Any field of "
-        "the recipe can be given again on the command line; `capo train RECIPE --help` lists all.",
         usage="capo train RECIPE [--FIELD VALUE ...]",
+        add_help=False,
     )
+    train.add_argument("-h", "--help", action=_TrainHelp, nargs=0)
     train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `capo recipes` lists")
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
@@ -181,6 +181,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _TrainHelp(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        from capo_rl.train_help import train_help
+
+        print(train_help(), end="")
+        raise SystemExit(0)
+
+
 def _file(name: str) -> str:
     """A file that can be written, known before the work is done whose result it is to hold."""
     import os
@@ -204,9 +212,19 @@ def _train(options: argparse.Namespace) -> None:
     # What libraries say to one another about their next versions is not for someone who watches a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
-    from capo_rl.recipe_file import find_recipe
+    if {"-h", "--help"} & set(options.overrides):
+        from capo_rl.train_help import train_help
+
+        print(train_help(options.recipe), end="")
+        return
+
+    from capo_rl.recipe_file import find_recipe, first_look
 
     options.recipe = find_recipe(options.recipe)
+    if "--help-all" in options.overrides:
+        options.overrides = ["--help"]
+    else:
+        first_look(options.recipe, options.overrides)
 
     from capo_rl.recipe import read_recipe
 
@@ -249,9 +267,10 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     from pathlib import Path
 
-    from capo_rl.recipe_file import find_recipe
+    from capo_rl.recipe_file import find_recipe, first_look
 
     options.recipe = find_recipe(options.recipe)
+    first_look(options.recipe, options.overrides)
 
     from capo_rl.calibrate import calibrate
 
