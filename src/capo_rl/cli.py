@@ -220,7 +220,7 @@ def _train(options: argparse.Namespace) -> None:
 
     from capo_rl.recipe_file import find_recipe, first_look
 
-    options.recipe = find_recipe(options.recipe)
+    named, options.recipe = options.recipe, find_recipe(options.recipe)
     if "--help-all" in options.overrides:
         options.overrides = ["--help"]
     else:
@@ -234,7 +234,11 @@ def _train(options: argparse.Namespace) -> None:
 
     summary = train(recipe)
     if summary:
-        _show(summary, recipe.training.output_dir)
+        from capo_rl.closing import closing
+
+        rows, following = closing(recipe, named)
+        _show(summary, recipe.training.output_dir, rows)
+        print(f"next: {following}")
 
 
 def _recipes(options: argparse.Namespace) -> None:
@@ -400,7 +404,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if diagnosis.collapsed is None else 1
 
 
-def _show(summary: dict[str, Any], folder: str) -> None:
+def _show(summary: dict[str, Any], folder: str, closing: Sequence[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -426,7 +430,7 @@ def _show(summary: dict[str, Any], folder: str) -> None:
         ("  of it curvature", f"{summary.get('seconds_curvature', 0) / max(summary.get('seconds', 0), 1e-9):.1%}"),
     ]
     table = Table(title=folder, show_header=False, title_justify="left")
-    for row in rows:
+    for row in [*rows, *closing]:
         table.add_row(*row)
     Console().print(table)
 
