@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -169,6 +170,18 @@ def test_our_own_runs_are_read_with_their_settings(build, tmp_path):
     assert len(log.series(["reward"])) == 12  # without the half line of a run that goes on
     assert log.series(["capo/kl/measured"]) and log.series(["capo/batch/m_f"])
     assert "above 1.0e-03 (its budget)" in str(diagnose(log))
+
+
+def test_the_eight_curves_of_the_docs_are_logged_and_the_filter_finds_them_alone(build):
+    docs = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
+    named = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
+    (pattern,) = re.findall(r"^    (\^.*\$)$", section, re.MULTILINE)
+    trainer = build(max_steps=1, capo_mode="trust_region")
+    trainer.train()
+    logged = next(row for row in trainer.state.log_history if "reward" in row)
+    assert len(named) == 8
+    assert sorted(named) == sorted(name for name in logged if re.search(pattern, f"train/{name}"))
 
 
 def test_exports_of_wandb_and_trackio_are_the_same_run(tmp_path):
