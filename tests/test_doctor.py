@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,11 @@ def test_a_run_that_the_schedule_holds_back_is_told_a_higher_rate():
     assert (change.name, change.before, change.after) == ("learning_rate", 1e-4, 3e-4)
 
 
+def test_a_run_that_has_hardly_started_is_told_nothing_of_its_rate():
+    log = read_log(RESULTS / "range" / "default-lr-1e-4" / "11.json")
+    assert not diagnose(replace(log, entries=log.entries[:30])).changes
+
+
 def test_a_dead_run_with_short_updates_is_not_blamed_on_them(tmp_path):
     rows = [row | {"capo/kl/measured": 1e-6} for row in history()]
     diagnosis = diagnose(read_log(trainer_state(tmp_path, rows)))
@@ -135,6 +141,16 @@ def test_a_fall_that_the_smoothed_curve_has_not_seen_yet_is_told(tmp_path):
     diagnosis = diagnose(read_log(trainer_state(tmp_path, rows)))
     assert diagnosis.collapsed is None
     assert "It may be dying: its last 7 average" in str(diagnosis)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"capo_kl_budget": "x", "capo_kl_sample": [1]}, {"capo_mode": "\x1b[31mred"}, [1]]
+)
+def test_settings_that_were_tampered_with_do_no_harm(tmp_path, settings, capsys):
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, history())))
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    assert main(["doctor", str(tmp_path)]) == 1
+    assert "\x1b" not in capsys.readouterr().out
 
 
 def test_gradients_that_were_no_numbers_are_counted(tmp_path):

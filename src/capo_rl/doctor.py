@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ FIGURES = (
 )
 _SIGNIFICANT, _IN_A_ROW, _BASELINE = 5.0, 3, 5
 _FULL = 10  # rewards until the smoothed one spans as many as it should; of one more a fall can be seen
+_STARTED = 50  # steps after which the slow start is over for certain
 _LATE = 7  # rewards at zero that the smoothed one takes to halve
 
 _STEPS = ("global_step", "step", "_step")
@@ -161,7 +163,7 @@ def diagnose(log: Log) -> Diagnosis:
 def _rewards(log: Log) -> tuple[str, Series]:
     """The reward that is judged and its name: an accuracy, where the reward goes below zero and one is logged."""
     names = {name for entry in log.entries for name in entry}
-    accuracies = sorted(x for x in names if x.startswith("rewards/") and "accura" in x and not x.endswith("/std"))
+    accuracies = sorted(x for x in names if re.fullmatch(r"rewards/[\w./-]*accura[\w./-]*(?<!std)", x))
     rewards: Series = []
     for candidate in (*REWARD, *accuracies):
         series = log.series([candidate])
@@ -275,8 +277,8 @@ def _mode(log: Log) -> str | None:
 
 
 def _budget(log: Log) -> float | None:
-    mode, given = _mode(log), (log.settings or {}).get("capo_kl_budget")
-    return KL_BUDGET if given is None and mode == "trust_region" and log.settings is not None else given
+    given = _number((log.settings or {}).get("capo_kl_budget"))
+    return KL_BUDGET if given is None and _mode(log) == "trust_region" else given
 
 
 def _changes(log: Log, dead: bool, kl: Series) -> list[Change]:
@@ -300,15 +302,15 @@ def _changes(log: Log, dead: bool, kl: Series) -> list[Change]:
         changes = []
         if (control := settings.get("capo_kl_control", "learning_rate")) != "learning_rate":
             changes.append(Change("capo_kl_control", control, "learning_rate", "the mean is held too, not the worst"))
-        if (sample := settings.get("capo_kl_sample", 0.25)) < 1:
+        if (sample := _number(settings.get("capo_kl_sample", 0.25)) or 0.25) < 1:
             changes.append(Change("capo_kl_sample", sample, 1.0, "what a sample does not see is not held"))
         budget = _budget(log) or KL_BUDGET
         changes.append(Change("capo_kl_budget", budget, _round(budget / 5), "shorter steps"))
         return changes
     rates, scales = log.series(LEARNING_RATE), [x for _, x in log.series(["capo/scale"])]
     late = scales[len(scales) // 2 :]
-    asked = settings.get("learning_rate") or max((x for _, x in rates), default=None)
-    if late and median(late) > 0.5 and asked:
+    asked = _number(settings.get("learning_rate")) or max((x for _, x in rates), default=None)
+    if len(scales) >= _STARTED and median(late) > 0.5 and asked:
         why = f"the trust region left {median(late):.0%} of the rate, so the rate is what holds it back"
         return [Change("learning_rate", asked, _round(3 * asked), why)]
     return []
@@ -386,7 +388,11 @@ def _settings(source: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     found = content.get("settings") if isinstance(content, dict) else None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    # another's file: nothing of it reaches a terminal or a comparison but plain values
+    plain = {name: x for name, x in found.items() if isinstance(x, bool | int | float | str) and str(x).isprintable()}
+    return {name: x for name, x in plain.items() if name.startswith("capo_") or name == "learning_rate"}
 
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
