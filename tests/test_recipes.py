@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from capo_rl.cli import main
+from capo_rl.config import CAPOConfig
 from capo_rl.recipe import RecipeError, read_recipe, settings
+from capo_rl.recipe_file import first_look
+from capo_rl.train_help import GROUPS, train_help
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = RECIPES / "qwen2.5_math_7b"
@@ -124,7 +128,7 @@ def test_settings_are_what_differs_from_the_defaults():
     ("change", "overrides", "message"),
     [
         ("capo_fisher_treshold: 1e-4", [], "no field `capo_fisher_treshold`; did you mean `capo_fisher_threshold`"),
-        ("xyzzyx: 1", [], "no field `xyzzyx`; `capo train RECIPE --help` lists all"),
+        ("xyzzyx: 1", [], "no field `xyzzyx`; `capo train RECIPE --help-all` lists all"),
         ("", ["--learning-rat", "1"], "on the command line: there is no field `learning-rat`; did you mean"),
         ("capo_fisher_threshold: -1.0", [], "capo_fisher_threshold=-1.0 must be above 0, or null"),
         ("capo_hessian_low: 1.0\ncapo_hessian_high: -1.0", [], "the lower bound is above the upper; swap them"),
@@ -171,7 +175,13 @@ def capo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "capo_rl.cli", *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["--version"], ["train", "--help"], ["train", QUICKSTART, "--help"], ["train", QUICKSTART, "-h"]),
+        *([command, "--help"] for command in ("calibrate", "bench", "eval", "report", "explain", "recipes", "doctor")),
+    ],
+)
 def test_help_waits_for_nothing_heavy(arguments):
     code = (
         f"import sys; from capo_rl.cli import main; sys.argv[1:] = {arguments}\ntry: main()\nexcept SystemExit: pass\n"
@@ -180,6 +190,54 @@ def test_help_waits_for_nothing_heavy(arguments):
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
     assert done.returncode == 0, "a heavy module was imported"
     assert "capo" in done.stdout
+
+
+def test_help_has_each_of_capos_fields_once_in_its_group():
+    ours = [name for name in CAPOConfig.__dataclass_fields__ if name.startswith("capo_")]
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(ours)
+    said = train_help(QUICKSTART)
+    titles = [said.index(title) for title in GROUPS]
+    assert titles == sorted(titles)
+    assert "(default: auto, this recipe: adam)" in " ".join(said.split())
+    assert "--learning_rate VALUE" not in said and "--help-all" in said
+
+
+def test_all_fields_are_told_on_request(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["train", QUICKSTART, "--help-all"])
+    said = capsys.readouterr().out
+    assert leaving.value.code == 0
+    assert "--learning_rate" in said and "--capo_mode" in said and "--lora_r" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ("capo_mode: maks", [], "capo_mode='maks' is not one of off, monitor"),
+        ("capo_modee: mask", [], "there is no field `capo_modee`; did you mean `capo_mode`"),
+        ("capo_top_k: [1]", [], "capo_top_k=[1]"),
+        ("- a", [], "a YAML list; write one"),
+        ("a: [", [], "not YAML"),
+        ("dataset_name: x.jsonl", [], "x.jsonl: no such file"),
+        ("model_name_or_path: ./nothing", [], "./nothing: no such folder"),
+        ("seed: 1", ["--capo_mode=maks"], "capo_mode='maks' is not one of off, monitor"),
+        ("seed: 1", ["--capo-modee", "off"], "on the command line: there is no field `capo_modee`"),
+        ("seed: 1", ["--dataset_name", "x.jsonl"], "x.jsonl: no such file"),
+    ],
+)
+def test_errors_that_need_no_torch_do_not_wait_for_it(tmp_path, change, arguments, message):
+    (tmp_path / "r.yaml").write_text(change)
+    for command in ("train", "calibrate"):
+        code = f"import sys; from capo_rl.cli import main; status = main({[command, 'r.yaml', *arguments]!r})\n"
+        check = "sys.exit(status + any(name in sys.modules for name in ('torch', 'transformers', 'trl', 'datasets')))"
+        done = subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("capo: error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_the_first_look_refuses_no_recipe(path):
+    first_look(str(path), ["--no_capo_share", "--dataset_name", "arithmetic", "--model_name_or_path", "embedded"])
 
 
 def test_errors_end_with_status_2_and_no_traceback(tmp_path):

@@ -34,6 +34,7 @@ from typing import Any
 
 import yaml
 
+from capo_rl.packaged import packaged
 from capo_rl.progress import Progress
 from capo_rl.records import column, read_metrics, versions, write_json
 from capo_rl.strict_yaml import load_yaml
@@ -92,7 +93,8 @@ def read_bench(path: str | Path) -> Bench:
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BenchError(f"{path}: no such file; give a name from experiments/ or the path of a YAML file") from None
+        ours = ", ".join(sorted(packaged("experiments").keys() - {"recipe"}))
+        raise BenchError(f"{path}: no such file; give the path of a YAML file, or one of {ours}") from None
     except yaml.YAMLError as error:
         raise BenchError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not {"recipe", "seeds"} <= content.keys():

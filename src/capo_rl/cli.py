@@ -13,7 +13,29 @@ from capo_rl import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 after an error that the user can mend, 130 after Ctrl-C.
+
+    `capo doctor` of a run that collapsed: 1.
+    """
+    parser = make_parser()
+    options, others = parser.parse_known_args(arguments)
+    if options.run is _calibrate:
+        options.overrides = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    run: Callable[[argparse.Namespace], int | None] = options.run
+    try:
+        return run(options) or 0
+    except _mendable() as error:
+        print(f"capo: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
+        print("capo: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of `capo` and its commands."""
     parser = argparse.ArgumentParser(
         prog="capo",
         description="Curvature-Aware Policy Optimization: RL post-training that leaves out the tokens that would break "
@@ -24,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser(
         "train",
         help="train a model by a recipe, or go on with a run that was stopped",
-        description="Train a model by a recipe. A run that was stopped goes on from its last checkpoint. Any field of "
-        "the recipe can be given again on the command line; `capo train RECIPE --help` lists all.",
         usage="capo train RECIPE [--FIELD VALUE ...]",
+        add_help=False,
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    train.add_argument("-h", "--help", action=_TrainHelp, nargs=0)
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `capo recipes` lists")
     train.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--FIELD VALUE", help="override the recipe")
     train.set_defaults(run=_train)
 
@@ -41,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         usage="capo calibrate RECIPE [--rejection-rate R | --kl-nats X] [--steps N] [--out FILE] [--FIELD VALUE ...]",
         allow_abbrev=False,
     )
-    calibrate.add_argument("recipe", metavar="RECIPE", help="a YAML file, as in recipes/")
+    calibrate.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a name that `capo recipes` lists")
     target = calibrate.add_mutually_exclusive_group()
     target.add_argument("--rejection-rate", type=float, metavar="R", help="the share of the tokens to reject")
     target.add_argument("--kl-nats", type=float, metavar="X", help="nats a token that no update should pass")
@@ -60,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run a grid of experiments",
         description="Run what is missing of a grid of runs, each on one core.",
     )
-    bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one in experiments/")
+    bench.add_argument("name", metavar="NAME", help="a YAML file, or the name of one of the package's (experiments/)")
     bench.add_argument("--seeds", type=int, help="only the first so many of its seeds")
     bench.add_argument("--only", nargs="+", default=[], metavar="ARM", help="only these arms")
     bench.add_argument("--quick", action="store_true", help="one seed and 20 steps of each arm, to see that it runs")
@@ -135,21 +157,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     explain.set_defaults(run=_explain)
 
-    options, others = parser.parse_known_args(arguments)
-    if options.run is _calibrate:
-        options.overrides = others
-    elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    run: Callable[[argparse.Namespace], None] = options.run
-    try:
-        run(options)
-    except _mendable() as error:
-        print(f"capo: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
-        print("capo: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the recipes that come with the package, or copy one to edit",
+        description="List the recipes that come with the package; print one, or copy it to edit. `capo train NAME` "
+        "takes them by name, and a file of that name goes first.",
+    )
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this one")
+    recipes.add_argument("--out", type=_file, metavar="FILE", help="copy it there")
+    recipes.set_defaults(run=_recipes)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say of a run whether it collapsed, what moved first, and what to try; without one, versions and hardware",
+        description="Read what a run logged and say in words whether it collapsed, when, what moved first, how far its "
+        "updates went, and which settings to try. Ours or any TRL run: metrics.jsonl, trainer_state.json, TensorBoard "
+        "events, or a wandb or trackio export. Without a run: versions and hardware, for a bug report.",
+        epilog="Exit status: 0 it lives, 1 it collapsed, 2 it can't be told.",
+    )
+    doctor.add_argument("path", nargs="?", metavar="RUN", help="the folder of a run, or a file of its figures")
+    doctor.add_argument("--versions", action="store_true", help="versions and hardware only")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+class _TrainHelp(argparse.Action):
+    def __call__(self, *_: Any) -> None:
+        from capo_rl.train_help import train_help
+
+        print(train_help(), end="")
+        raise SystemExit(0)
 
 
 def _file(name: str) -> str:
@@ -175,9 +212,19 @@ def _train(options: argparse.Namespace) -> None:
     # What libraries say to one another about their next versions is not for someone who watches a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
-    from capo_rl.recipe_file import check_there
+    if {"-h", "--help"} & set(options.overrides):
+        from capo_rl.train_help import train_help
 
-    check_there(options.recipe)
+        print(train_help(options.recipe), end="")
+        return
+
+    from capo_rl.recipe_file import find_recipe, first_look
+
+    named, options.recipe = options.recipe, find_recipe(options.recipe)
+    if "--help-all" in options.overrides:
+        options.overrides = ["--help"]
+    else:
+        first_look(options.recipe, options.overrides)
 
     from capo_rl.recipe import read_recipe
 
@@ -187,7 +234,36 @@ def _train(options: argparse.Namespace) -> None:
 
     summary = train(recipe)
     if summary:
-        _show(summary, recipe.training.output_dir)
+        from capo_rl.closing import closing
+
+        rows, following = closing(recipe, named)
+        _show(summary, recipe.training.output_dir, rows)
+        print(f"next: {following}")
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from capo_rl.packaged import first_line, packaged
+    from capo_rl.recipe_file import RecipeError
+
+    ours = packaged("recipes")
+    if options.name is None:
+        if options.out is not None:
+            raise RecipeError("--out: which recipe? give a name of `capo recipes`")
+        for name, file in ours.items():
+            print(f"{name}\n    {first_line(file)}")
+        return
+    if options.name not in ours:
+        raise RecipeError(f"{options.name}: not a recipe of the package; there are {', '.join(ours)}")
+    text = ours[options.name].read_text(encoding="utf-8")
+    if options.out is None:
+        print(text, end="")
+    elif Path(options.out).exists():
+        raise RecipeError(f"{options.out}: is there already; give another name")
+    else:
+        Path(options.out).write_text(text, encoding="utf-8")
+        print(options.out)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -195,9 +271,10 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     from pathlib import Path
 
-    from capo_rl.recipe_file import check_there
+    from capo_rl.recipe_file import find_recipe, first_look
 
-    check_there(options.recipe)
+    options.recipe = find_recipe(options.recipe)
+    first_look(options.recipe, options.overrides)
 
     from capo_rl.calibrate import calibrate
 
@@ -215,8 +292,12 @@ def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from capo_rl.bench import quick, read_bench, run_bench
+    from capo_rl.packaged import packaged
 
-    path = Path(options.name) if options.name.endswith(".yaml") else Path("experiments", f"{options.name}.yaml")
+    path = Path(options.name)
+    if not path.is_file() and not options.name.endswith(".yaml"):
+        here = Path("experiments", f"{options.name}.yaml")
+        path = here if here.is_file() else packaged("experiments").get(options.name, here)
     bench = read_bench(path)
     if options.quick:
         bench = quick(bench)
@@ -310,7 +391,20 @@ def _explain(options: argparse.Namespace) -> None:
     print(write_explanation(options.folder, options.step, options.out))
 
 
-def _show(summary: dict[str, Any], folder: str) -> None:
+def _doctor(options: argparse.Namespace) -> int:
+    from capo_rl.doctor import diagnose, environment, read_log
+
+    if options.path is None or options.versions:
+        for name, value in environment().items():
+            print(f"{name}: {value}")
+        return 0
+    log = read_log(options.path)
+    diagnosis = diagnose(log)
+    print(f"{log.source}\n{diagnosis}")
+    return 0 if diagnosis.collapsed is None else 1
+
+
+def _show(summary: dict[str, Any], folder: str, closing: Sequence[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -336,7 +430,7 @@ def _show(summary: dict[str, Any], folder: str) -> None:
         ("  of it curvature", f"{summary.get('seconds_curvature', 0) / max(summary.get('seconds', 0), 1e-9):.1%}"),
     ]
     table = Table(title=folder, show_header=False, title_justify="left")
-    for row in rows:
+    for row in [*rows, *closing]:
         table.add_row(*row)
     Console().print(table)
 
@@ -413,6 +507,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.recipe_file": "RecipeError",
         "capo_rl.calibrate": "CalibrationError",
         "capo_rl.data": "DataError",
+        "capo_rl.doctor": "DoctorError",
         "capo_rl.models": "ModelError",
         "capo_rl.records": "RunFolderError",
         "capo_rl.bench": "BenchError",

@@ -9,11 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
-
 from capo_rl.constraints import ConstraintError, check_constraints
 
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerBase
 
     from capo_rl.grading import Grader
@@ -49,6 +48,9 @@ def load_problems(
         ...
     capo_rl.data.DataError: trian.jsonl: no such file
     """
+    import datasets
+
+    check_there(name)
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: ask for at least one problem, or leave it out for all of them")
     if name == "arithmetic":
@@ -71,13 +73,20 @@ def load_problems(
     return dataset
 
 
-def _read(path: Path) -> datasets.Dataset:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+def check_there(name: str) -> None:
+    """Raises `DataError` for a JSON Lines file that is not there; known before the libraries load that read it."""
+    path = Path(name).expanduser()
+    if path.suffix == ".jsonl" and not path.exists():
         names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=1)
-        raise DataError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else "")) from None
+        raise DataError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _read(path: Path) -> datasets.Dataset:
+    import datasets
+
+    try:
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a JSON Lines file") from None
     # Lines end at "\n" only: `splitlines` would also cut at U+2028, which JSON allows inside a string.
@@ -115,6 +124,8 @@ def _columns(there: Any) -> tuple[str, ...]:
 
 
 def _download(name: str, config: str | None, split: str) -> datasets.Dataset:
+    import datasets
+
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # hub, network, cache and parsing errors have no class in common
@@ -172,6 +183,7 @@ def as_prompts(
     `suffix` follows each problem, say `"\nPut the answer in \\boxed{}."`; a plain prompt starts with the
     system prompt and an empty line.
 
+    >>> import datasets
     >>> row = datasets.Dataset.from_list([{"problem": "1+1?", "answer": "2"}])
     >>> as_prompts(row, conversational=False, system_prompt="Be brief.", suffix=" Why?")[0]["prompt"]
     'Be brief.\n\n1+1? Why?'

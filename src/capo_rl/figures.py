@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capo_rl.bench import read_results
+from capo_rl.own_fields import KL_BUDGET
 from capo_rl.plots import PALETTE
 from capo_rl.statistics import (
     CompletionsToTarget,
@@ -652,8 +653,6 @@ def _over_budget(runs: Runs) -> tuple[str, str]:
     found = [kl for run in runs for kl in _finite(run["curves"].get("capo/kl/whole", []))]
     if not found:
         return "–", "–"
-    from capo_rl.trust_region import KL_BUDGET  # needs torch, which drawing does not
-
     budget = float(runs[0]["settings"].get("capo_kl_budget") or KL_BUDGET)
     over = np.array(found) / budget
     return f"{np.mean(over > 2):.2%}", f"{over.max():.2f}"

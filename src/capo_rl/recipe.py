@@ -1,18 +1,14 @@
 """Recipes: one YAML file that says everything of a run, read into the dataclasses that the trainer takes."""
 
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
-import difflib
 import typing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
-import yaml
 from trl import ModelConfig, TrlParser
 
 from capo_rl.config import CAPOConfig
 from capo_rl.fields import check_fields, check_types
-from capo_rl.recipe_file import RecipeError, check_there
-from capo_rl.strict_yaml import load_yaml
+from capo_rl.recipe_file import RecipeError, check_field, find_recipe, read_mapping
 
 
 @dataclass
@@ -56,20 +52,22 @@ _SECTIONS = (DataConfig, ModelConfig, CAPOConfig)
 def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe; `overrides` are options as on the command line, `["--learning_rate", "1e-5"]`.
 
+    `path` is a file, or the name of one of the package's.
+
     Raises `RecipeError` for a file that is missing or no mapping, a field that does not exist (naming the nearest one
     that does), one that would be ignored (`fields`), and values of another type, out of range, or that contradict one
     another.
     """
-    overrides = list(overrides or [])
+    path, overrides = find_recipe(path), list(overrides or [])
     parser = TrlParser(_SECTIONS, prog=f"capo train {path}", usage="%(prog)s [--FIELD VALUE ...]", allow_abbrev=False)
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    content = _mapping(path)
+    content = read_mapping(path)
     for name in content:
         if name != "env":
-            _check_field(str(name), known, place=path)
+            check_field(str(name), known, place=path)
     for option in overrides:
         if option.startswith("--"):
-            _check_field(option[2:].split("=")[0], known, place="on the command line")
+            check_field(option[2:].split("=")[0], known, place="on the command line")
     try:
         for section in _SECTIONS:
             check_types(content, typing.get_type_hints(section))
@@ -92,25 +90,3 @@ def settings(recipe: Recipe) -> dict[str, object]:
         asked = section.to_dict() if isinstance(section, CAPOConfig) else vars(section)
         changed |= {name: value for name, value in asked.items() if name in defaults and value != defaults[name]}
     return changed
-
-
-def _mapping(path: str) -> dict[str, object]:
-    check_there(path)
-    try:
-        content = load_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't be read ({error}); give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if content is None:
-        raise RecipeError(f"{path}: empty; write one `field: value` a line, as in recipes/quickstart.yaml")
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a YAML {type(content).__name__}; write one `field: value` a line")
-    return content
-
-
-def _check_field(name: str, known: set[str], place: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else "`capo train RECIPE --help` lists all"
-        raise RecipeError(f"{place}: there is no field `{name}`; {hint}")

@@ -26,9 +26,6 @@ from torch.optim import Optimizer
 
 Measure = Callable[[], float]
 
-# Nats a token that an update of the default mode may have; chosen on the testbed's tuning seeds (docs/testbed.md).
-KL_BUDGET = 5e-3
-
 # Aim a little under the budget: at the budget itself rounding would ask for try after try.
 _AIM = 0.9
 # Of the steered learning rate: the mean KL it aims at, as a share of the budget; what is left of the mean's old values
