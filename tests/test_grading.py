@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import capo_rl
 from capo_rl import grading
 from capo_rl.answers import Rule, number
-from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer
+from capo_rl.grading import TIMED_OUT, Grader, Verdict, extract_answer
+from capo_rl.rewards import accuracy_reward
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -233,6 +235,21 @@ def test_memory_is_bounded(grader):
             assert f"Max address space         {2 << 30}" in limits
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc to see how large a process is")
+def test_a_process_that_has_grown_is_replaced_after_its_answer(monkeypatch):
+    def two_answers():
+        with Grader(workers=1) as grader:
+            for _ in range(2):
+                assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
+                yield processes(grader)[0]
+
+    first, second = two_answers()
+    assert first is second
+    monkeypatch.setattr(grading, "_WORN", 1 << 20)
+    first, second = two_answers()
+    assert first is not second and first.poll() is not None
+
+
 def test_a_killed_process_costs_one_answer_at_most(grader):
     grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2")
     for process in processes(grader):
@@ -342,6 +359,12 @@ def test_accuracy_reward_in_both_formats_with_time_outs_counted_apart(monkeypatc
 def test_an_answer_is_wrong_only_if_the_gold_answer_is_known(grader):
     assert grader.grade(r"\boxed{x^ }", "x^").correct is True  # the same text all the same
     assert grader.grade(r"\boxed{2}", "x^") == Verdict(None, "the gold answer does not parse", "2")
+
+
+def test_the_reward_is_where_scripts_import_it_from():
+    assert grading.accuracy_reward is capo_rl.accuracy_reward is accuracy_reward
+    with pytest.raises(AttributeError, match="no_such"):
+        grading.no_such  # noqa: B018
 
 
 def test_a_message_without_text_is_an_answer_without_box():

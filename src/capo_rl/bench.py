@@ -355,7 +355,7 @@ def sampled_accuracy(model: Any, tokenizer: Any, rows: list[dict[str, str]], max
     """The share of problems whose sampled completion boxes the answer; leaves the run's random numbers alone."""
     import torch
 
-    from capo_rl.grading import accuracy_reward
+    from capo_rl.rewards import accuracy_reward
 
     training = model.training
     model.eval()
