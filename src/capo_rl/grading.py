@@ -36,7 +36,7 @@ TIMED_OUT = "timed out"
 OVERLOADED = "timed out on a busy machine"
 
 _MEMORY = 2 << 30  # bytes of address space a worker may have; an idle one has about 0.1 GiB
-_WORN = 256 << 20  # bytes in memory above which a worker is replaced: sympy's and the parser's caches only grow
+_WORN = 256 << 20  # bytes in memory above which a worker is replaced: its parser's tables grow with every new text
 _STARTUP = 120.0  # seconds of processor time to import sympy
 # A process that gets less than a fiftieth of a processor, or that waits for what never comes, ends all the same.
 _PATIENCE = 50.0  # seconds on the clock for each of processor time

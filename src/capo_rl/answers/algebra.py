@@ -21,7 +21,7 @@ from capo_rl.answers.units import scaled, without_unit
 def equal(answer: str, gold: str, rule: Rule) -> bool:
     if rule.tolerance is None and rule.relative is None:
         a, b = formula(_latex(answer)), formula(_latex(gold))
-        if a is not None and b is not None and _attempted(_identical, a, b):
+        if a is not None and b is not None and (a == b or _attempted(_identical, a, b)):
             return True
         if a is not None and b is not None and _differ(a, b, rule):
             return False

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 from capo_rl.answers import algebra
-from capo_rl.answers.equations import OTHER_RELATION, as_number, cut_at_equals, gold_number, unwrapped, value
+from capo_rl.answers.equations import OTHER_RELATION, as_number, cut_at_equals, gold_number, ratio, unwrapped, value
 from capo_rl.answers.intervals import as_intervals
 from capo_rl.answers.lists import brackets_of, cut, matched, parts
 from capo_rl.answers.notation import plain, squeezed
 from capo_rl.answers.numbers import based, clock, compared, number, same_time
 from capo_rl.answers.rule import Rule
 from capo_rl.answers.units import without_unit
-from capo_rl.answers.words import is_word, letter, spelling
+from capo_rl.answers.words import is_word, letter, other_case, spelling
 
 
 def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
@@ -44,6 +44,8 @@ def quick(answer: str, gold: str, rule: Rule) -> tuple[bool, str] | None:
     brackets = brackets_of(answer), brackets_of(gold)
     if all(brackets) and brackets[0] != brackets[1]:
         return False, "another kind of brackets"
+    if other_case(text, gold_text):
+        return False, "the same letters in another case"
     words, gold_words = spelling(text), spelling(gold_text)
     if (
         words is not None
@@ -83,6 +85,9 @@ def _same(answer: str, gold: str, rule: Rule) -> bool:
         (name, answer), (gold_name, gold) = ranges  # type: ignore[misc]
         if name and gold_name and name != gold_name:
             return False
+    ratios = ratio(answer), ratio(gold)
+    if (ratios[0] is None) != (ratios[1] is None):
+        answer, gold = ratios[0] or answer, ratios[1] or gold
     sides, gold_sides = cut_at_equals(answer), cut_at_equals(gold)
     equations = [
         len(each) > 1 and not OTHER_RELATION.search(text) and len(cut(text)) == 1

@@ -62,6 +62,24 @@ def cut_at_equals(text: str) -> list[str]:
     return [*sides, text[start:]]
 
 
+_INDEX = r"_(?:\{[^{}]*\}|\w)"
+_QUANTITY = rf"[A-Z](?:[A-Z]+|{_INDEX})"  # a segment or an area, `AB` or `S_{1}`, where x and y would be unknowns
+_RATIO = re.compile(
+    rf"[A-Za-z]+(?:{_INDEX})?\s*:\s*[A-Za-z]+(?:{_INDEX})?"
+    rf"|\\frac\{{{_QUANTITY}\}}\{{{_QUANTITY}\}}|{_QUANTITY}\s*/\s*{_QUANTITY}"
+)
+
+
+def ratio(text: str) -> str | None:
+    r"""The value of a ratio that is named before it.
+
+    >>> ratio(r"S_{ABC}:S=7:32"), ratio(r"\frac{AB}{CD}=2"), ratio(r"\frac{x}{y}=2")
+    ('7:32', '2', None)
+    """
+    left, *rest = cut_at_equals(text)
+    return rest[0].strip() if len(rest) == 1 and _RATIO.fullmatch(left.strip(" $")) else None
+
+
 _SAYS = re.compile(
     r"(?:the |my |our )?(?:final |correct |right )?(?:answer|result|value|total)(?: is|:|=)\s*", re.IGNORECASE
 )

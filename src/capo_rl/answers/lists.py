@@ -24,6 +24,8 @@ def parts(text: str, expected: int | None = None) -> list[str]:
     text = _NAME.sub("", text, count=1).strip()
     if text.startswith(r"\{") and text.endswith(r"\}") and text.count(r"\{") == 1:
         text = text[2:-2]
+    elif re.fullmatch(r"\{[^{}]*,[^{}]*\}", text):  # a set whose backslashes went astray
+        text = text[1:-1]
     text = LISTED.sub(", ", text)
     found = cut(text)
     if expected is not None and len(found) != expected:

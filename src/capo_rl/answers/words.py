@@ -22,6 +22,22 @@ def is_word(a: str, b: str) -> bool:
     return bool(re.search("[eiou]", a)) or (len(a) > 2 and "a" in a and not re.fullmatch("[a-dxyz]+", a))
 
 
+_SYMBOL = re.compile(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w+)?|[A-Za-z]{2}|[A-DX-Za-dx-z]{3,}")
+
+
+def other_case(a: str, b: str) -> bool:
+    r"""Whether these are variables, or products of them, that differ in capitals alone; words may, and A to E.
+
+    >>> other_case("M", "m"), other_case("x_{1}", "X_1"), other_case("No", "no"), other_case("C", "c")  # a choice
+    (True, True, False, False)
+    """
+    a, b = (re.sub(r"\\mathrm|[{} ]", "", text) for text in (a, b))
+    if a == b or a.casefold() != b.casefold() or re.fullmatch("[A-Ea-e]", a) or r"\text" in a:
+        return False
+    word = len(a) > 1 and a.isalpha() and is_word(a.casefold(), b.casefold())
+    return bool(_SYMBOL.fullmatch(a) and _SYMBOL.fullmatch(b)) and not word
+
+
 def letter(text: str) -> str | None:
     r"""The choice that an answer names, or `None`.
 
