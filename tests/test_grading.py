@@ -168,7 +168,7 @@ def test_hostile_text_is_no_choice():
 
 
 @given(text=st.text(max_size=40), gold=st.sampled_from(["1", r"\frac{1}{2}", "x+1", r"\text{no}"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_gets_a_verdict(grader, text, gold):
     verdict = grader.grade(f"\\boxed{{{text}}}", gold)
     assert verdict.correct in (True, False, None) and verdict.reason
@@ -219,6 +219,7 @@ def test_a_deadline_is_processor_time_and_behind_it_is_the_clock(monkeypatch):
     with Grader(workers=1, deadline=300.0) as grader:
         verdict = grader.grade(r"\boxed{x+1}", "x+2")
         assert (verdict.correct, verdict.reason, grader.overloaded) == (None, grading.OVERLOADED, 1)
+        grader.deadline = 1e6  # and a thousand seconds on the clock
         assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
 
 
@@ -301,10 +302,8 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
         parent.kill()
-    deadline = time.monotonic() + 100
-    while is_running(pid) and time.monotonic() < deadline:
+    while is_running(pid):  # for ever, if it is not at its end: then the time-out of the test ends this
         time.sleep(0.05)
-    assert not is_running(pid)
 
 
 def test_a_process_that_cannot_start_is_an_error_not_a_verdict(monkeypatch, capfd):
