@@ -19,11 +19,11 @@ from capo_rl.answers.units import scaled, without_unit
 
 
 def equal(answer: str, gold: str, rule: Rule) -> bool:
-    if rule.tolerance is None and rule.relative is None:
-        a, b = formula(_latex(answer)), formula(_latex(gold))
-        if a is not None and b is not None and (a == b or _attempted(_identical, a, b)):
+    a, b = formula(_latex(answer)), formula(_latex(gold))
+    if a is not None and b is not None:
+        if a == b or _attempted(_identical, a, b):
             return True
-        if a is not None and b is not None and _differ(a, b, rule):
+        if rule.tolerance is None and rule.relative is None and _differ(a, b, rule):
             return False
     return any(
         _attempted(_readings_equal, reading, gold_reading, rule)
