@@ -13,10 +13,14 @@ if not shutil.which("nvidia-smi"):
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from capo_rl import CAPOConfig, CAPOTrainer
+
+settings.register_profile("no clock", deadline=None)  # an example may take long where the machine is busy
+settings.load_profile("no clock")
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
 

@@ -46,7 +46,6 @@ def launch(folder: Path, processes: int, runs: list[dict]) -> None:
         [*command, str(here / "many_processes.py"), str(folder), json.dumps(runs)],
         capture_output=True,
         text=True,
-        timeout=280,
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import capo_rl
 from capo_rl import grading
 from capo_rl.answers import Rule, number
-from capo_rl.grading import TIMED_OUT, Grader, Verdict, accuracy_reward, extract_answer
+from capo_rl.grading import TIMED_OUT, Grader, Verdict, extract_answer
+from capo_rl.rewards import accuracy_reward
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -166,7 +168,7 @@ def test_hostile_text_is_no_choice():
 
 
 @given(text=st.text(max_size=40), gold=st.sampled_from(["1", r"\frac{1}{2}", "x+1", r"\text{no}"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_text_gets_a_verdict(grader, text, gold):
     verdict = grader.grade(f"\\boxed{{{text}}}", gold)
     assert verdict.correct in (True, False, None) and verdict.reason
@@ -217,6 +219,7 @@ def test_a_deadline_is_processor_time_and_behind_it_is_the_clock(monkeypatch):
     with Grader(workers=1, deadline=300.0) as grader:
         verdict = grader.grade(r"\boxed{x+1}", "x+2")
         assert (verdict.correct, verdict.reason, grader.overloaded) == (None, grading.OVERLOADED, 1)
+        grader.deadline = 1e6  # and a thousand seconds on the clock
         assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
 
 
@@ -231,6 +234,21 @@ def test_memory_is_bounded(grader):
         if Path(f"/proc/{process.pid}/limits").exists():
             limits = Path(f"/proc/{process.pid}/limits").read_text()
             assert f"Max address space         {2 << 30}" in limits
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc to see how large a process is")
+def test_a_process_that_has_grown_is_replaced_after_its_answer(monkeypatch):
+    def two_answers():
+        with Grader(workers=1) as grader:
+            for _ in range(2):
+                assert grader.grade(r"\boxed{\frac{\sqrt{4}}{4}}", "1/2").correct is True
+                yield processes(grader)[0]
+
+    first, second = two_answers()
+    assert first is second
+    monkeypatch.setattr(grading, "_WORN", 1 << 20)
+    first, second = two_answers()
+    assert first is not second and first.poll() is not None
 
 
 def test_a_killed_process_costs_one_answer_at_most(grader):
@@ -284,10 +302,8 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
         parent.kill()
-    deadline = time.monotonic() + 100
-    while is_running(pid) and time.monotonic() < deadline:
+    while is_running(pid):  # for ever, if it is not at its end: then the time-out of the test ends this
         time.sleep(0.05)
-    assert not is_running(pid)
 
 
 def test_a_process_that_cannot_start_is_an_error_not_a_verdict(monkeypatch, capfd):
@@ -342,6 +358,12 @@ def test_accuracy_reward_in_both_formats_with_time_outs_counted_apart(monkeypatc
 def test_an_answer_is_wrong_only_if_the_gold_answer_is_known(grader):
     assert grader.grade(r"\boxed{x^ }", "x^").correct is True  # the same text all the same
     assert grader.grade(r"\boxed{2}", "x^") == Verdict(None, "the gold answer does not parse", "2")
+
+
+def test_the_reward_is_where_scripts_import_it_from():
+    assert grading.accuracy_reward is capo_rl.accuracy_reward is accuracy_reward
+    with pytest.raises(AttributeError, match="no_such"):
+        grading.no_such  # noqa: B018
 
 
 def test_a_message_without_text_is_an_answer_without_box():

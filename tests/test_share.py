@@ -42,7 +42,7 @@ def tokens(seed: int, n: int, d: int, vocabulary: int):
     temperature=st.sampled_from([1.0, 0.7, 1.3]),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_norms_are_those_of_dense_gradients(n, d, vocabulary, temperature, seed):
     hidden, logits, actions, weights, keep = tokens(seed, n, d, vocabulary)
     layer = last_layer(hidden, logits, actions, temperature=temperature)

@@ -180,7 +180,7 @@ def test_sgd_closed_form_equals_the_general_form(fisher, scale):
     assert ((closed.m_h - general.m_h).abs() <= 1e-9 * general.m_h.abs() + batch.advantages.abs() * rounding).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(0, 9),
     d=st.integers(1, 7),

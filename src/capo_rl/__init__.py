@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from capo_rl.alarm import Alarm as Alarm
     from capo_rl.alarm import AlarmCallback as AlarmCallback
     from capo_rl.config import CAPOConfig as CAPOConfig
-    from capo_rl.grading import accuracy_reward as accuracy_reward
     from capo_rl.monitor import MonitorCallback as MonitorCallback
+    from capo_rl.rewards import accuracy_reward as accuracy_reward
     from capo_rl.selection import Thresholds as Thresholds
     from capo_rl.selection import select as select
     from capo_rl.shifts import Shifts as Shifts
@@ -40,7 +40,7 @@ _HOMES = {
     "Alarm": "alarm",
     "AlarmCallback": "alarm",
     "AdaptThresholds": "adapt",
-    "accuracy_reward": "grading",
+    "accuracy_reward": "rewards",
 }
 __all__ = [*_HOMES, "__version__"]
 

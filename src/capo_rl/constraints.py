@@ -98,7 +98,7 @@ def constraint_reward(
     >>> constraint_reward(["A river.", [{"role": "assistant", "content": "A lake."}]], [{"contains": ["river"]}] * 2)
     [1.0, 0.0]
     """
-    from capo_rl.grading import completion_text
+    from capo_rl.rewards import completion_text
 
     failed = [
         broken(completion_text(completion), asked) for completion, asked in zip(completions, constraints, strict=True)

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ TIMED_OUT = "timed out"
 OVERLOADED = "timed out on a busy machine"
 
 _MEMORY = 2 << 30  # bytes of address space a worker may have; an idle one has about 0.1 GiB
+_WORN = 256 << 20  # bytes in memory above which a worker is replaced: its parser's tables grow with every new text
 _STARTUP = 120.0  # seconds of processor time to import sympy
 # A process that gets less than a fiftieth of a processor, or that waits for what never comes, ends all the same.
 _PATIENCE = 50.0  # seconds on the clock for each of processor time
@@ -182,7 +183,10 @@ class Grader:
             if worker is None:
                 worker = _Worker()
                 self._started.add(worker)
-            return worker.ask(question | {"deadline": self.deadline})
+            reply = worker.ask(question | {"deadline": self.deadline})
+            if reply.pop("resident", 0) > _WORN:
+                worker.stop()
+            return reply
         finally:
             self._slots.put(worker)
 
@@ -283,7 +287,16 @@ def _serve() -> None:
         except (MemoryError, RecursionError) as error:
             correct, reason = None, f"out of memory ({type(error).__name__})"
         _allow(0)
-        replies.write(json.dumps({"correct": correct, "reason": reason}) + "\n")
+        replies.write(json.dumps({"correct": correct, "reason": reason, "resident": _resident()}) + "\n")
+
+
+def _resident() -> int:
+    """The bytes that this process has in memory, or 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _allow(seconds: float) -> None:
@@ -294,41 +307,13 @@ def _allow(seconds: float) -> None:
 
 @functools.cache
 def shared_grader() -> Grader:
-    """The one grader of this process that the reward functions use."""
+    """The one grader of this process that the reward function uses."""
     return Grader()
 
 
-def accuracy_reward(
-    completions: Sequence[Any],
-    answer: Sequence[str],
-    log_metric: Callable[[str, float], None] | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    r"""TRL reward: 1.0 where the boxed answer equals `answer`, 0.0 where not, `None` if it can't be graded.
+def __getattr__(name: str) -> Any:
+    if name in ("accuracy_reward", "completion_text"):  # they are in `rewards` now; scripts import them from here
+        from capo_rl import rewards
 
-    Each answer has 5 seconds of processor time. Logs how many answers of this batch timed out, how many had to be
-    graded twice as the machine was busy, and how many could not be graded (time-outs among them).
-
-    >>> accuracy_reward([r"$\boxed{4}$", [{"role": "assistant", "content": r"\boxed{5}"}]], ["4", "4"])
-    [1.0, 0.0]
-    """
-    grader = shared_grader()
-    overloaded = grader.overloaded
-    verdicts = grader.grade_all([completion_text(completion) for completion in completions], answer)
-    if log_metric is not None:
-        log_metric("grader/timeouts", float(sum(v.reason == TIMED_OUT for v in verdicts)))
-        log_metric("grader/overloaded", float(grader.overloaded - overloaded))
-        log_metric("grader/ungradable", float(sum(v.correct is None for v in verdicts)))
-    return [verdict.reward for verdict in verdicts]
-
-
-def completion_text(completion: str | Sequence[dict[str, Any]]) -> str:
-    """The text of a completion: its own, or that of a conversation's last message.
-
-    >>> completion_text([{"role": "assistant", "content": "4"}])
-    '4'
-    """
-    if isinstance(completion, str):
-        return completion
-    content = completion[-1].get("content") if completion else None
-    return content if isinstance(content, str) else ""
+        return getattr(rewards, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

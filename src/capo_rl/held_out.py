@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from capo_rl import arithmetic
 from capo_rl.constraints import constraint_reward
-from capo_rl.grading import accuracy_reward
+from capo_rl.rewards import accuracy_reward
 from capo_rl.sentences import QUESTIONS, sentences
 
 _SEED = 2**31  # of the held-out problems; no training run has it

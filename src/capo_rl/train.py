@@ -37,7 +37,7 @@ from capo_rl.checkpoints import (
 from capo_rl.config import CAPOConfig
 from capo_rl.constraints import constraint_reward
 from capo_rl.data import DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
-from capo_rl.grading import accuracy_reward, shared_grader
+from capo_rl.grading import shared_grader
 from capo_rl.models import load_model, load_tokenizer, locate
 from capo_rl.plots import draw_run
 from capo_rl.progress import Progress
@@ -54,6 +54,7 @@ from capo_rl.records import (
     write_json,
     write_metrics,
 )
+from capo_rl.rewards import accuracy_reward
 from capo_rl.trl import CAPOTrainer
 
 logger = logging.getLogger(__name__)

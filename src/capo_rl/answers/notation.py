@@ -13,31 +13,10 @@ import unicodedata
 
 # --- characters
 
-_GREEK = [
-    "alpha",
-    "beta",
-    "gamma",
-    "delta",
-    "epsilon",
-    "zeta",
-    "eta",
-    "theta",
-    "iota",
-    "kappa",
-    "lambda",
-    "mu",
-    "nu",
-    "xi",
-    "pi",
-    "rho",
-    "sigma",
-    "tau",
-    "upsilon",
-    "phi",
-    "chi",
-    "psi",
-    "omega",
-]
+_GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+    "upsilon phi chi psi omega"
+)
 _VULGAR = "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒"
 _HIGH, _LOW = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣᵃᵇᶜᵏᵐ", "₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙᵢₓₐ"
 _SYMBOLS = {
@@ -106,7 +85,7 @@ _SYMBOLS = {
     "ⅈ": "i",
 }
 _CHARACTERS: dict[int, str] = {ord(c): latex for cs, latex in _SYMBOLS.items() for c in cs}
-for _name in _GREEK:
+for _name in _GREEK.split():
     # Unicode spells it LAMDA; capitals that look like Latin letters have no command.
     _unicode = {"lambda": "LAMDA"}.get(_name, _name.upper())
     _CHARACTERS[ord(unicodedata.lookup(f"GREEK SMALL LETTER {_unicode}"))] = rf"\{_name} "
@@ -127,25 +106,7 @@ def _ascii(text: str) -> str:
 
 # --- commands
 
-_FUNCTIONS = [
-    "arcsin",
-    "arccos",
-    "arctan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "sin",
-    "cos",
-    "tan",
-    "cot",
-    "sec",
-    "csc",
-    "exp",
-    "log",
-    "ln",
-    "lg",
-    "cis",
-]
+_FUNCTIONS = "arcsin arccos arctan sinh cosh tanh sin cos tan cot sec csc exp log ln lg cis"
 _NOTHING = (
     "displaystyle textstyle scriptstyle limits nolimits left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr "
     "bf rm it tt sf bfseries boldmath large Large normalsize quad qquad mathstrut"
@@ -183,9 +144,11 @@ _COMMANDS = {
     "arccot": r"\operatorname{arccot}",
 }
 _COMMAND = re.compile(r"\\([A-Za-z]+)(?:(?<=left)\.|(?<=right)\.)?")
-_NAMED = re.compile(rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({'|'.join(_FUNCTIONS)}|[eid])\s*\}}")
+_NAMED = re.compile(rf"\\(?:mathrm|operatorname\*?|text)\s*\{{\s*({'|'.join(_FUNCTIONS.split())}|[eid])\s*\}}")
 _TEXT = re.compile(r"(\\(?:text|mathrm)\s*\{(?:[^{}]|\{[^{}]*\})*\})")
-_WORDS = re.compile(rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS)}|sqrt|{'|'.join(_GREEK)}|infinity|infty|inf)(?![A-Za-z])")
+_WORDS = re.compile(
+    rf"(?<![A-Za-z\\])({'|'.join(_FUNCTIONS.split())}|sqrt|{'|'.join(_GREEK.split())}|infinity|infty|inf)(?![A-Za-z])"
+)
 _PERCENT = re.compile(
     r"\\text\s*\{\s*(?:percent|per cent|pct)\s*\}|(?<=[0-9} ])\s*\b(?:percent|per cent|pct)\b(?![^{]*\})"
 )
@@ -326,3 +289,32 @@ def _plain(text: str) -> str:
         text = _CONTINUED.sub(_continued, _REPEATED.sub(_repeated, text))
     text = _GROUPED.sub(lambda found: _SEPARATOR.sub("", found[0]), text)
     return _MIXED.sub(_mixed, text)
+
+
+# --- looks
+
+_BEFORE, _AFTER = " \t\r\n$", " \t\r\n$.,;:"  # what may surround an answer without changing it
+
+
+def bare(answer: str) -> str:
+    r"""The answer without the dollars, spaces and punctuation around it; `\,` and `\$` stay whole."""
+    answer = answer.lstrip(_BEFORE)
+    kept = answer.rstrip(_AFTER)
+    return answer[: len(kept) + 1] if kept.endswith("\\") else kept
+
+
+SPACING = re.compile(r"(?<!\\)\\[,!;: ]|~")
+_BRACED = re.compile(r"\{[^{}]*\}")
+_UNNEEDED_SPACE = re.compile(r"(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+
+
+def squeezed(text: str) -> str:
+    r"""The text without what only changes how it looks.
+
+    >>> squeezed(r"\left( 3,\, \dfrac{\pi}{2} \right)")
+    '(3,\\frac{\\pi}{2})'
+    """
+    text = _UNNEEDED_SPACE.sub("", SPACING.sub(" ", bare(plain(text))).replace("{,}", ","))
+    while text.startswith("{") and _BRACED.fullmatch(text):
+        text = text[1:-1]
+    return bare(text)
