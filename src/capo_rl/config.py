@@ -12,7 +12,7 @@ from trl import GRPOConfig
 
 from capo_rl.fields import wrong_type
 from capo_rl.selection import Thresholds
-from capo_rl.trust_region import KL_BUDGET
+from capo_rl.trust_region import KL_BUDGET, KL_START
 
 _CHOICES = {
     "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
@@ -161,7 +161,7 @@ class CAPOConfig(GRPOConfig):
         },
     )
     capo_kl_start: float = field(
-        default=2**-10,
+        default=KL_START,
         metadata={
             "help": "Slow start of capo_kl_control `learning_rate`: the share of learning_rate that the first step may "
             "have, at most doubled by each step after it."

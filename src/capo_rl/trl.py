@@ -52,6 +52,7 @@ from capo_rl.trust_region import (
     CopiedStep,
     RecomputedStep,
     Steering,
+    TrustRegion,
     check_recomputable,
     way_back,
 )
@@ -82,8 +83,6 @@ _NOISE = 0.05
 _UNREWARDED = 3
 # What TRL passes to reward functions itself, beside the columns of the data.
 _PASSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
-# Steps undone one after another at which the run says so.
-_UNDONE = 10
 
 
 class CAPOTrainer(GRPOTrainer):
@@ -91,7 +90,7 @@ class CAPOTrainer(GRPOTrainer):
 
     Its only change to training is the length of the step and, with `capo_mode="mask"`, what is in it:
 
-        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.Steering`)
+        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`)
         mask           rejected tokens get an advantage of zero, and denominators count accepted tokens
                        (`selection.accepted_mean`); a step with every token rejected is skipped; with `capo_share` the
                        step is multiplied by the accepted tokens' share (`share.Share`)
@@ -143,12 +142,11 @@ class CAPOTrainer(GRPOTrainer):
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
-        self._scale = 1.0  # of the coming step's learning rate
-        self._lrs: list[float] = []  # the schedule's, while a step is taken at others
+        self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
+        self._scale = 1.0  # of the step's learning rate
         self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
-        self._undone = 0  # steps in a row
         self._noise_known = False  # whether the KL of no step was measured
         self._informative = True  # whether the coming step has a gradient of its own
         self._to_log = self._to_measure = True  # whether the coming step is
@@ -500,11 +498,10 @@ class CAPOTrainer(GRPOTrainer):
 
     def _begin_step(self) -> None:
         """Before the first micro-batch: what of the schedule's learning rate the coming step may have."""
-        self._scale = 1.0
-        if self._budget is not None:
-            self._scale = self._budget.scale(max(group["lr"] for group in self._optimizer().param_groups))
-        if self.is_deepspeed_enabled:
-            self._scale_learning_rate()
+        if self._region is not None:
+            if self.is_deepspeed_enabled:
+                self._region.before_step()
+            self._scale = self._region.scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
@@ -544,7 +541,7 @@ class CAPOTrainer(GRPOTrainer):
                 "`super()._compute_loss`, or use capo_mode='off'"
             )
         finite = self._gradient_is_finite()
-        changes = self.args.changes_the_run
+        changes, share = self.args.changes_the_run, 1.0
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
         unusable = not finite and (changes or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
@@ -563,20 +560,18 @@ class CAPOTrainer(GRPOTrainer):
             # Gradients are averaged over processes after the weights were read off.
             figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
             if planner.share is not None and changes:
-                self._scale *= planner.share.value
+                share = planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
-                    figures["capo/kl/predicted"] *= planner.share.value**2
+                    figures["capo/kl/predicted"] *= share**2
             # asked only where a control learns from it: it costs a reduction over processes
             self._informative = self._budget is None or planner.has_gradient
         self._norm = None
-        if not self.is_deepspeed_enabled:
-            self._scale_learning_rate()
-        if changes:
-            figures["capo/learning_rate"] = self._scale * self._lrs[0]
-        if self._budget is not None and not self._skipped:
-            if not self._noise_known and not self.is_deepspeed_enabled:
-                figures["capo/kl/noise"] = self._measure_noise(self._budget.budget)
-            self._budget.before_step(self._optimizer())
+        if self._region is not None:
+            if not self._skipped and not self.is_deepspeed_enabled:
+                if self._budget is not None and not self._noise_known:
+                    figures["capo/kl/noise"] = self._measure_noise(self._budget.budget)
+                self._scale = self._region.before_step(share)
+            figures["capo/learning_rate"] = self._region.lr()
         figures["capo/steps_skipped"] = float(planner.steps_skipped)
         figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
@@ -596,17 +591,10 @@ class CAPOTrainer(GRPOTrainer):
             )
         return noise
 
-    def _scale_learning_rate(self) -> None:
-        groups = self._optimizer().param_groups
-        self._lrs = [group["lr"] for group in groups]
-        if self._scale != 1.0:
-            for group in groups:
-                group["lr"] *= self._scale
-
     def _after_optimizer(self) -> None:
         """Give the learning rate back before the scheduler looks at it."""
-        for group, lr in zip(self._optimizer().param_groups, self._lrs, strict=True):
-            group["lr"] = lr
+        if self._region is not None:
+            self._region.restore()
 
     def _start(self) -> None:
         """Forget what a training that was broken off in the middle of a step has left."""
@@ -614,6 +602,9 @@ class CAPOTrainer(GRPOTrainer):
         if self._recomputes:
             check_recomputable(self._optimizer())
         self._follow_optimizer()
+        if self._region is not None:
+            self._region.restore()
+        self._region = TrustRegion(self._optimizer(), self._budget) if self.args.changes_the_run else None
         self.planner.clear()
         self._forwards.clear()
         self._rollouts.clear()
@@ -658,12 +649,12 @@ class CAPOTrainer(GRPOTrainer):
         if self._skipped or self._empty:
             pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
-            lr = self._scale * max(self._lrs)
-            update = self._budget.after_step(lr, measure_kl, self._informative)
+            assert self._region is not None
+            update = self._region.after_step(measure_kl, self._informative)
+            assert update is not None
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
             figures["capo/kl/fraction"] = update.fraction
-            self._watch_undone(update.fraction == 0)
         elif self._to_measure:
             figures["capo/kl/measured"] = measure_kl()
         if tokens is not None:
@@ -684,16 +675,6 @@ class CAPOTrainer(GRPOTrainer):
         tokens = self.planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
         # processes of different machines may sum in another order, and must go back equally far
         return self.planner.processes.agreed(_mean(tokens[0]), self.args.device), tokens
-
-    def _watch_undone(self, undone: bool) -> None:
-        self._undone = self._undone + 1 if undone else 0
-        if self._undone == _UNDONE:
-            logger.warning(
-                "%d steps in a row were over capo_kl_budget=%g however short, or had a KL that is no number, and were "
-                "undone: the model does not train. Look at capo/kl/proposed; a smaller learning_rate may help",
-                _UNDONE,
-                self._budget.budget if self._budget else math.nan,
-            )
 
     def _record_tokens(self, planner: Planner) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
