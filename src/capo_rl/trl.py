@@ -42,7 +42,6 @@ from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import versions, written_whole
 from capo_rl.rewards import Guarded, guarded
-from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.telemetry import rank_correlation, synchronise
@@ -359,39 +358,30 @@ class CAPOTrainer(GRPOTrainer):
         )
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
-        masked = self.args.capo_mode == "mask"
+        planned.watch(logps, mask, self._loss_scale())
+        if self.args.capo_mode != "mask":
+            return
+        written = planned.masked(advantages, mask, self.loss_type, self._loss_scale())
+        inputs["advantages"] = written
         gradients: dict[str, Tensor] = {}
 
-        def watch_written(gradient: Tensor) -> None:
-            own = planned.advantages.where(~planned.shifts.nonfinite, 0)
-            planned.whole = -own * gradient[mask] / self._loss_scale()
+        def check_written(gradient: Tensor) -> None:
             gradients["advantage"] = (written.detach() * gradient)[mask]
             self._check_own_advantages(**gradients)
 
-        if masked:
-            keep = mask.clone()
-            keep[mask] = planned.keep
-            advantages = advantages.clone()
-            advantages[mask] = planned.used
-            written = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
-            inputs["advantages"] = written
-            # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
-            written.requires_grad_().register_hook(watch_written)
-
-        def watch(gradient: Tensor) -> None:
-            planned.weights = -gradient[mask] / self._loss_scale()
+        def check_rejected(gradient: Tensor) -> None:
             # With a KL term a rejected token still has a gradient, and with a loss of NaN all have one.
-            left = planned.weights[~planned.keep]
-            if masked and self.beta == 0.0 and (left[left.isfinite()] != 0).any():
+            left = gradient[mask][~planned.keep]
+            if self.beta == 0.0 and (left[left.isfinite()] != 0).any():
                 raise RuntimeError(
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
                 )
-            if masked:
-                gradients["log_prob"] = gradient[mask]
-                self._check_own_advantages(**gradients)
+            gradients["log_prob"] = gradient[mask]
+            self._check_own_advantages(**gradients)
 
-        logps.register_hook(watch)
+        written.register_hook(check_written)
+        logps.register_hook(check_rejected)
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
@@ -672,9 +662,8 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         self._reshard()
         sample = [forward.sample for forward in self._forwards]
-        tokens = self.planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
-        # processes of different machines may sum in another order, and must go back equally far
-        return self.planner.processes.agreed(_mean(tokens[0]), self.args.device), tokens
+        mean, *tokens = self.planner.measured_kl(self._hidden_now, self._head(self.model_wrapped), sample)
+        return mean, (tokens[0], tokens[1])
 
     def _record_tokens(self, planner: Planner) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
@@ -960,10 +949,6 @@ def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> 
         yield
     finally:
         _set_random_state(devices, before)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean()) if len(values) else math.nan
 
 
 def _check_columns(*datasets: Any) -> None:
