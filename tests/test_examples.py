@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def example(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
+    script = sys.modules[name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its module
     spec.loader.exec_module(script)
     return script
 

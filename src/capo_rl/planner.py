@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from capo_rl.divergence import measured_kl
 from capo_rl.head import Head
@@ -36,6 +36,7 @@ from capo_rl.step import AdamStep, SGDStep
 from capo_rl.step_model import fit_of_optimizer, group_of
 from capo_rl.telemetry import describe as shift_figures
 from capo_rl.telemetry import missing_mass, rejections, synchronise
+from capo_rl.trust_region import TrustRegion
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class Planner:
 
     In a loop of one's own, for a model whose logits are W h with W [V, d] (`model.lm_head.weight`):
 
-        planner = Planner.of(optimizer, W)                              # once
+        planner = Planner.of(TrustRegion(optimizer), W)                 # once
         ...
         planned = planner.plan(hidden[mask], Head(W), actions[mask], advantages[mask])      # each micro-batch
         advantages = planned.masked(advantages, mask, "dapo")           # [B, T]; to leave rejected tokens out
@@ -141,10 +142,10 @@ class Planner:
         optimizer.step()
 
     `plan` predicts, `commit` says that the step is taken, or `skip` that it is left out (where `rejects_everything`, or
-    the gradient is not finite), and the next `plan` begins the next step. Before `plan`, `step.lr` is to be the
-    learning rate of the coming step (`TrustRegion.lr`); `of` starts with the optimizer's. After the optimizer's step
-    `measured_kl` says how far it moved the policy. `state_dict` is what a checkpoint needs. Between two commits each
-    token's hidden state, k support entries and a few scalars are held.
+    the gradient is not finite), and the next `plan` begins the next step. After the optimizer's step `measured_kl` says
+    how far it moved the policy. `state_dict` is what a checkpoint needs. Between two commits each token's hidden state,
+    k support entries and a few scalars are held. A planner that was made in another way than by `of` wants to be told
+    the learning rate of each coming step (`step.lr`).
 
     With `translated` the thresholds are for shifts at the paper's scale (`selection.translated`). With `share` the
     share ρ of the accepted tokens (`share.Share`) is kept too, which is the loop's to apply
@@ -158,7 +159,8 @@ class Planner:
     the optimizer's step (known to `of`), or whose number of processes changes; `ValueError` for shapes that don't fit.
 
     >>> weight = torch.nn.Parameter(torch.zeros(3, 2))
-    >>> planner = Planner.of(torch.optim.SGD([weight], lr=1.0), weight, Thresholds(fisher=0.3, hessian=None))
+    >>> region = TrustRegion(torch.optim.SGD([weight], lr=1.0), budget=None)
+    >>> planner = Planner.of(region, weight, Thresholds(fisher=0.3, hessian=None))
     >>> hidden, mask = torch.tensor([[1.0, 0.0], [2.0, 0.0]]), torch.tensor([[True, True]])
     >>> log_pi = (hidden @ weight.T).log_softmax(-1)[:, 0][None]
     >>> planned = planner.plan(hidden, Head(weight), torch.tensor([0, 0]), torch.tensor([1.0, 1.0]))
@@ -204,14 +206,17 @@ class Planner:
         self._warned = False
         self._over = False  # whether the step that is collected was committed or skipped
         self._count: int | None = None  # of processes, since the first token
+        self._lr: Callable[[], float] | None = None  # the optimizer's, where it is known
 
     @classmethod
-    def of(cls, optimizer: Optimizer, weight: Tensor, thresholds: Thresholds | None = None, **settings: Any) -> Planner:
-        """A planner for the steps of an Adam or of SGD without momentum, with the constants it has for a head's weight.
+    def of(cls, region: TrustRegion, weight: Tensor, thresholds: Thresholds | None = None, **settings: Any) -> Planner:
+        """A planner for the steps of a region's optimizer, Adam or SGD without momentum, with the constants and the
+        learning rate it has for a head's weight.
 
         A step of the optimizer raises `RuntimeError` while tokens are planned and not committed. Raises `ValueError`
         for an optimizer whose step is neither.
         """
+        optimizer = region.optimizer
         fit = fit_of_optimizer(optimizer)
         if fit.model is None:
             raise ValueError(
@@ -229,6 +234,7 @@ class Planner:
         else:
             step = SGDStep(lr)
         planner = cls(step, thresholds or Thresholds(), **settings)
+        planner._lr = partial(region.lr, weight)
         optimizer.register_step_pre_hook(planner._check_committed)
         return planner
 
@@ -250,6 +256,8 @@ class Planner:
         if self._over:
             self.clear()
         self._check_processes()
+        if self._lr is not None:
+            self.step.lr = self._lr()
         hidden, advantages = hidden.detach(), advantages.detach()  # what is kept must not keep a graph
         with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
