@@ -328,3 +328,12 @@ def test_an_update_that_cannot_be_held_is_undone_and_told_after_ten(caplog):
         assert region.after_step(lambda: math.nan).fraction == 0
     assert weight.item() == 0
     assert "10 steps in a row were over the budget of 0.001 nats" in caplog.text
+
+
+@pytest.mark.parametrize(("noise", "told"), [(1e-9, False), (1e-3, True), (math.nan, True)])
+def test_noise_that_is_too_much_for_the_budget_is_told(caplog, noise, told):
+    assert TrustRegion(sgd()).check_noise(lambda: noise) is noise
+    assert ("rounding alone looks like a KL" in caplog.text) == told
+    caplog.clear()
+    TrustRegion(sgd(), budget=None).check_noise(lambda: noise)
+    assert not caplog.text

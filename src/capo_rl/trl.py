@@ -76,8 +76,6 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 # How much of a token's gradient may, by rounding, not be that of its own advantage.
 _OWN_ADVANTAGE = 0.05
-# The share of a budget above which the KL of no step at all makes the budget meaningless.
-_NOISE = 0.05
 # Batches one after another without any reward that end the run.
 _UNREWARDED = 3
 # What TRL passes to reward functions itself, beside the columns of the data.
@@ -559,27 +557,14 @@ class CAPOTrainer(GRPOTrainer):
         if self._region is not None:
             if not self._skipped and not self.is_deepspeed_enabled:
                 if self._budget is not None and not self._noise_known:
-                    figures["capo/kl/noise"] = self._measure_noise(self._budget.budget)
+                    self._noise_known = True
+                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl()[0])
                 self._scale = self._region.before_step(share)
             figures["capo/learning_rate"] = self._region.lr()
         figures["capo/steps_skipped"] = float(planner.steps_skipped)
         figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
-
-    def _measure_noise(self, budget: float) -> float:
-        """The KL of no step at all, once a run: what rounding makes of two forward passes that should be the same."""
-        self._noise_known = True
-        noise, _ = self._measure_kl()
-        if not noise < _NOISE * budget:
-            logger.warning(
-                "rounding alone looks like a KL of %.1e nats a token here, and capo_kl_budget=%g holds updates to a "
-                "tenth of it on average: the budget can't be kept. Use a larger one, capo_kl_sample=1.0 (the same "
-                "shapes round alike), or weights in float32",
-                noise,
-                budget,
-            )
-        return noise
 
     def _after_optimizer(self) -> None:
         """Give the learning rate back before the scheduler looks at it."""

@@ -42,6 +42,8 @@ _AIM = 0.9
 # at each step; how much longer a step may be than the one before it; what is left after one whose KL was no number.
 _MEAN, _MEMORY, _GROWTH, _SHRINK = 0.1, 0.8, 2.0, 0.1
 _FLOOR = 1e-20  # of the learning rate, from which it can double its way back
+# The share of a budget above which the KL of no step at all makes the budget meaningless.
+_NOISE = 0.05
 # Steps undone one after another at which the run says so.
 _UNDONE = 10
 
@@ -311,6 +313,20 @@ class TrustRegion:
         at = 0 if weight is None else group_of(self.optimizer, weight)
         lr = float(self.optimizer.param_groups[at]["lr"])
         return lr if self._rates is not None else self.scale * lr
+
+    def check_noise(self, measure: Measure) -> float:
+        """The KL of no step at all, for once before a step: what rounding makes of two forward passes that should be
+        the same. Says so where it is too much for the budget."""
+        noise = measure()
+        if self.control is not None and not noise < _NOISE * self.control.budget:
+            logger.warning(
+                "rounding alone looks like a KL of %.1e nats a token here, and the budget of %g (capo_kl_budget) holds "
+                "updates to a tenth of it on average: it can't be kept. Use a larger one, measure on all completions "
+                "(capo_kl_sample=1.0; the same shapes round alike), or weights in float32",
+                noise,
+                self.control.budget,
+            )
+        return noise
 
     def before_step(self, share: float = 1.0) -> float:
         """The optimizer is about to step: give it the step's learning rates, `share` times what the budget allows, and
