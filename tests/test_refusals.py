@@ -19,7 +19,7 @@ from capo_rl.models import check_head, locate
 from capo_rl.recipe import read_recipe
 from capo_rl.step import AdamStep
 from conftest import make_model, wants_even_words
-from test_own_loop import TOLD
+from test_planner import TOLD
 from test_trust_region import REFUSED
 
 ROOT = Path(__file__).parents[1]
