@@ -88,6 +88,15 @@ def watches_what_has_no_graph(*_):
     small.plan().watch(small.log_pi.detach(), small.mask)
 
 
+def is_off_by_one(*_):
+    small = Small()
+    mask = small.mask
+    states = small.hidden.roll(1, dims=1)[mask]
+    planned = small.planner.plan(states, Head(small.head), small.actions[mask], small.advantages[mask])
+    small.plan()
+    planned.watch(small.log_pi, mask)
+
+
 def masks_other_tokens(*_):
     small = Small()
     small.plan().masked(small.advantages, ~small.mask, "dapo")
@@ -125,6 +134,7 @@ TOLD = {
     "commit came without a token: call plan": lambda *_: Small().planner.commit(),
     "its backward pass comes before commit": commits_before_the_backward_pass,
     "log_pi takes no gradient": watches_what_has_no_graph,
+    "from what hidden states and head give": is_off_by_one,
     "give the boolean mask by which they were chosen": masks_other_tokens,
     "has no mean over accepted tokens": masks_another_loss,
     "of micro-batch 0 has shape (2, 4), and 6 tokens were planned": weighs_in_another_shape,

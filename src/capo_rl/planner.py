@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 # log π(a) under the policy that sampled them.
 Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
 
+# Mean |difference| of log π(a) between the planner's and the loss's that is no rounding, not even of half precision.
+_LOGP_TOLERANCE = 0.1
+
 # What is counted from the start of a run.
 _COUNTERS = ("accepted_tokens", "steps_skipped", "steps_nonfinite")
 
@@ -103,14 +106,22 @@ class MicroBatch:
         """Read `weights` off the gradient of log π(a) [B, T] in the backward pass; `mask` marks the tokens.
 
         It has to be the tensor that the loss is made of, and the loss still to be made. `loss_scale` is what it is
-        multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens, or
-        log-probabilities without a gradient.
+        multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
+        log-probabilities without a gradient, or others than the planner makes of the hidden states.
         """
         self._check_mask(mask)
         if not log_pi.requires_grad:
             raise ValueError(
                 "log_pi takes no gradient, so the tokens' weights can't be read off it: give the log-probabilities "
                 "that the loss is made of, with their graph"
+            )
+
+        error = (self.layer.log_pi_a - log_pi.detach()[mask]).abs()
+        error = error[error.isfinite()]
+        if len(error) and error.mean() > _LOGP_TOLERANCE:
+            raise ValueError(
+                f"log_pi differs by {error.mean():.3g} nats on average from what hidden states and head give: both "
+                "have to be of the same tokens (the state before each), at the same temperature, with nothing between"
             )
 
         def watch(gradient: Tensor) -> None:
