@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def example(name):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
+    script = sys.modules[name] = importlib.util.module_from_spec(spec)  # where a dataclass looks for its module
     spec.loader.exec_module(script)
     return script
 
@@ -24,6 +25,33 @@ def test_the_trl_script_trains(tmp_path, stock, capsys):
     )
     assert 0 <= first <= 1 and 0 <= last <= 1
     assert "reward of the first tenth" in capsys.readouterr().out
+
+
+def test_a_stock_trainer_is_watched(tmp_path, capsys):
+    steps = example("monitor_callback").main(["--max-steps", "2", "--output-dir", str(tmp_path)])
+    assert [entry["capo/kl/measured"] > 0 for entry in steps] == [True, True]
+    assert "step 2: reward" in capsys.readouterr().out
+
+
+def test_a_judge_that_fails_costs_a_batch(tmp_path):
+    steps = example("judge_reward").main(["--max-steps", "3", "--output-dir", str(tmp_path)])
+    assert [entry["capo/rewards_missing"] for entry in steps] == [0, 8, 0]
+    assert [entry["reward"] is None for entry in steps] == [False, True, False]
+
+
+def test_lora_is_held_to_the_budget(tmp_path):
+    steps = example("lora").main(["--max-steps", "3", "--output-dir", str(tmp_path)])
+    assert all(0 < entry["capo/kl/measured"] <= 5e-3 for entry in steps)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    assert example("resume").main(["--max-steps", "2", "--output-dir", str(tmp_path)])
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < (140 if path.stem == "own_loop" else 60), path
 
 
 def test_the_verl_reward_scores_right_wrong_and_what_has_no_verdict():

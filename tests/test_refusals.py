@@ -19,6 +19,8 @@ from capo_rl.models import check_head, locate
 from capo_rl.recipe import read_recipe
 from capo_rl.step import AdamStep
 from conftest import make_model, wants_even_words
+from test_planner import TOLD
+from test_trust_region import REFUSED
 
 ROOT = Path(__file__).parents[1]
 LISTED = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "refusals.md").read_text(), re.MULTILINE)
@@ -194,6 +196,8 @@ RAISED = {
     "is not a checkpoint of CAPOTrainer": foreign_checkpoint,
     "the run used another step model": lambda *_: AdamStep(1e-3).load_state_dict({"steps": torch.tensor(1)}),
 }
+# In a loop of one's own.
+RAISED |= {message: lambda *given, call=call: call(given[-1]) for message, call in (TOLD | REFUSED).items()}
 # These take an engine that is not installed everywhere.
 WRITTEN = {"which CAPO can't work with", "the loss came without its settings"}
 

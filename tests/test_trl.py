@@ -358,7 +358,7 @@ def test_ten_steps_undone_in_a_row_are_told(build, caplog):
     trainer._measure_kl = lambda: (math.inf, (torch.ones(2), torch.ones(2)))
     entries = logs(trainer)
     assert all(entry["capo/kl/fraction"] == 0 for entry in entries)
-    assert "10 steps in a row were over capo_kl_budget=0.005" in caplog.text
+    assert "10 steps in a row were over the budget of 0.005 nats" in caplog.text
 
 
 def test_kl_is_sampled_where_the_advantages_are_largest(build):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_rl.trust_region import _MEMORY, CopiedStep, RecomputedStep, Shortened, Steering, shorten, way_back
+from capo_rl import TrustRegion
+from capo_rl.trust_region import (
+    _MEMORY,
+    Backtracking,
+    CopiedStep,
+    RecomputedStep,
+    Shortened,
+    Steering,
+    shorten,
+    way_back,
+)
 
 
 @given(length=st.floats(1e-3, 1e3), budget=st.floats(1e-6, 1.0), power=st.sampled_from([1.0, 2.0, 3.0, 4.0]))
@@ -186,3 +197,143 @@ def test_steering_goes_on_from_its_state():
     other.load_state_dict(control.state_dict())
     assert other.state_dict() == control.state_dict()
     assert walk(other, [1e-1] * 3) == walk(control, [1e-1] * 3)
+
+
+OPTIMIZERS = [
+    (torch.optim.AdamW, {"weight_decay": 0.1}),
+    (torch.optim.AdamW, {"fused": True, "lr": torch.tensor(0.5)}),
+    (torch.optim.AdamW, {"amsgrad": True}),
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.RMSprop, {}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.Adafactor, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), OPTIMIZERS, ids=str)
+def test_any_optimizer_is_held_and_its_learning_rates_stay_the_schedules(kind, settings):
+    """The 'KL' is the squared distance from the weights before the step, so it can be checked by looking."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
+    groups = [
+        {"params": weights[:1]},
+        {"params": weights[1:], "lr": torch.tensor(0.25) if "fused" in settings else 0.25},
+    ]
+    optimizer = kind(groups, **({"lr": 0.5} | settings))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    region = TrustRegion(optimizer, budget=1e-3)
+    updates = []
+    for step in range(20):
+        before = [weight.detach().clone() for weight in weights]
+
+        @torch.no_grad()
+        def measure(before=before):
+            return float(sum((new - old).square().sum() for new, old in zip(weights, before, strict=True)))
+
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        asked = region.lr(weights[1])
+        scale = region.before_step()
+        assert region.scale == scale <= 1
+        assert float(optimizer.param_groups[1]["lr"]) == region.lr(weights[1]) == pytest.approx(asked)
+        optimizer.step()
+        updates.append(region.after_step(measure))
+        assert updates[-1].measured == measure()
+        assert float(optimizer.param_groups[1]["lr"]) == pytest.approx(0.25 * 0.9**step)
+        schedule.step()
+    assert all(update.measured <= 1e-3 for update in updates)
+    assert max(update.measured for update in updates) > 1e-5
+
+
+def test_a_share_shortens_a_step_without_a_budget_and_nothing_is_measured():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    region = TrustRegion(optimizer, budget=None)
+    weight.grad = torch.ones(1)
+    assert region.before_step(share=0.5) == 0.5
+    optimizer.step()
+    assert region.after_step(measure=None) is None
+    assert weight.item() == pytest.approx(0.95)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert region.state_dict() == {}
+
+
+def test_a_trust_region_goes_on_from_its_state():
+    def region():
+        return TrustRegion(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0))
+
+    one, other = region(), region()
+    one.before_step()
+    one.after_step(lambda: 1e-9)
+    other.load_state_dict(one.state_dict())
+    assert one.scale == other.scale == 2 * region().scale
+
+
+def test_the_slow_start_is_a_share_of_the_rate_that_a_warm_up_leads_to():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert TrustRegion(optimizer).state_dict()["limit"] == 2**-10
+
+
+class ChoosesItsOwnRate(torch.optim.Optimizer):
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+
+def sgd(lr=0.1):
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+
+
+def before_twice(*_):
+    region = TrustRegion(sgd())
+    region.before_step()
+    region.before_step()
+
+
+# As docs/refusals.md lists them, with what raises each.
+REFUSED = {
+    "has no lr, by which the length of a step is steered": lambda *_: TrustRegion(ChoosesItsOwnRate([torch.zeros(1)])),
+    "has no param_groups: give the torch.optim.Optimizer": lambda *_: TrustRegion([torch.zeros(1)]),
+    "must be above 0 nats a token": lambda *_: TrustRegion(sgd(), budget=0),
+    "every lr of the optimizer is 0": lambda *_: TrustRegion(sgd(lr=0.0)),
+    "before_step was called twice": before_twice,
+    "after_step came without before_step": lambda *_: TrustRegion(sgd()).after_step(lambda: 0.0),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_loop_that_misuses_it_is_told_at_once(message):
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=re.escape(message)):
+        REFUSED[message]()
+
+
+def test_a_step_that_is_not_measured_is_given_back():
+    region = TrustRegion(sgd())
+    for _ in range(2):
+        region.before_step()
+        region.restore()
+        assert region.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_an_update_that_cannot_be_held_is_undone_and_told_after_ten(caplog):
+    optimizer = sgd()
+    region = TrustRegion(optimizer, Backtracking(1e-3, CopiedStep))
+    (weight,) = optimizer.param_groups[0]["params"]
+    for _ in range(10):
+        assert "steps in a row" not in caplog.text
+        weight.grad = torch.ones(1)
+        region.before_step()
+        optimizer.step()
+        assert region.after_step(lambda: math.nan).fraction == 0
+    assert weight.item() == 0
+    assert "10 steps in a row were over the budget of 0.001 nats" in caplog.text
+
+
+@pytest.mark.parametrize(("noise", "told"), [(1e-9, False), (1e-3, True), (math.nan, True)])
+def test_noise_that_is_too_much_for_the_budget_is_told(caplog, noise, told):
+    assert TrustRegion(sgd()).check_noise(lambda: noise) is noise
+    assert ("rounding alone looks like a KL" in caplog.text) == told
+    caplog.clear()
+    TrustRegion(sgd(), budget=None).check_noise(lambda: noise)
+    assert not caplog.text

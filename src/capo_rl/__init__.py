@@ -1,6 +1,7 @@
 """Curvature-Aware Policy Optimization (CAPO, arXiv 2510.00819): mask the tokens that would break the run.
 
-Read the package in the paper's order: `last_layer`, `step`, `shifts`, `selection`, then the adapter `trl`.
+Read the package in the paper's order: `last_layer`, `step`, `shifts`, `selection`, `planner`, then the adapter `trl`.
+A loop of one's own takes `Planner` and `TrustRegion` (docs/own_loop.md).
 `reference` is the dense oracle the fast forms are proved against.
 """
 
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
     from capo_rl.alarm import Alarm as Alarm
     from capo_rl.alarm import AlarmCallback as AlarmCallback
     from capo_rl.config import CAPOConfig as CAPOConfig
+    from capo_rl.head import Head as Head
     from capo_rl.monitor import MonitorCallback as MonitorCallback
+    from capo_rl.planner import MicroBatch as MicroBatch
+    from capo_rl.planner import Planner as Planner
     from capo_rl.rewards import accuracy_reward as accuracy_reward
     from capo_rl.selection import Thresholds as Thresholds
     from capo_rl.selection import select as select
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from capo_rl.step import AdamStep as AdamStep
     from capo_rl.step import SGDStep as SGDStep
     from capo_rl.trl import CAPOTrainer as CAPOTrainer
+    from capo_rl.trust_region import TrustRegion as TrustRegion
 
 __version__ = "0.1.0"
 
@@ -34,6 +39,10 @@ _HOMES = {
     "subset_shifts": "shifts",
     "Thresholds": "selection",
     "select": "selection",
+    "Head": "head",
+    "MicroBatch": "planner",
+    "Planner": "planner",
+    "TrustRegion": "trust_region",
     "CAPOConfig": "config",
     "CAPOTrainer": "trl",
     "MonitorCallback": "monitor",

@@ -310,7 +310,8 @@ def _audit(trainer: Any) -> None:
         if whole and trainer.planner.micro_batches:
             sampled, trainer._forwards = trainer._forwards, whole
             masks = [forward.sample for forward in whole]
-            kl, _ = trainer.planner.measured_kl(masks, trainer._hidden_now, trainer._head(trainer.model_wrapped))
+            head = trainer._head(trainer.model_wrapped)
+            kl = trainer.planner.measured_kl(trainer._hidden_now, head, masks).kl
             trainer._forwards = sampled
             trainer._record({"capo/kl/whole": float(kl.double().mean())})
         whole.clear()

@@ -9,8 +9,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from capo_rl.defaults import KL_BUDGET
 from capo_rl.fields import wrong_type
-from capo_rl.own_fields import CHOICES, KL_BUDGET, CAPOFields
+from capo_rl.own_fields import CHOICES, CAPOFields
 from capo_rl.selection import Thresholds, check_bounds
 from capo_rl.step_model import fit_of_name
 

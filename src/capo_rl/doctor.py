@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from capo_rl.own_fields import KL_BUDGET
+from capo_rl.defaults import KL_BUDGET
 from capo_rl.records import last_checkpoint, versions
 
 Entry = dict[str, float]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capo_rl.bench import read_results
-from capo_rl.own_fields import KL_BUDGET
+from capo_rl.defaults import KL_BUDGET
 from capo_rl.plots import PALETTE
 from capo_rl.statistics import (
     CompletionsToTarget,

@@ -3,8 +3,7 @@
 # No `from __future__ import annotations` here: the HF argument parser reads the annotations at run time.
 from dataclasses import dataclass, field
 
-# Nats a token that an update of the default mode may have; chosen on the testbed's tuning seeds (docs/testbed.md).
-KL_BUDGET = 5e-3
+from capo_rl.defaults import KL_START
 
 CHOICES = {
     "capo_mode": ("off", "monitor", "mask", "shorten", "trust_region"),
@@ -142,7 +141,7 @@ class CAPOFields:
         },
     )
     capo_kl_start: float = field(
-        default=2**-10,
+        default=KL_START,
         metadata={
             "help": "Slow start of capo_kl_control `learning_rate`: the share of learning_rate that the first step may "
             "have, at most doubled by each step after it."

@@ -159,7 +159,7 @@ def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor, processes: Process
 
     Where nothing is accepted the factor is finite, and multiplies zeros. DAPO's denominator spans the optimizer
     step: with gradient accumulation each round keeps the share of the step that its tokens had before selection.
-    With several processes `dapo` is collective.
+    With several processes `dapo` is collective. Raises `ValueError` for another loss.
 
     >>> mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
     >>> keep = torch.tensor([[True, False, False, True], [True, True, False, False]])
@@ -171,7 +171,9 @@ def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor, processes: Process
     """
     if loss_type == "dr_grpo":
         return torch.ones(1, 1, device=mask.device)
-    over = {"grpo": (1,), "bnpo": (0, 1), "dapo": (0, 1)}[loss_type]
+    over = {"grpo": (1,), "bnpo": (0, 1), "dapo": (0, 1)}.get(loss_type)
+    if over is None:
+        raise ValueError(f"loss_type={loss_type!r} has no mean over accepted tokens: grpo, bnpo, dapo and dr_grpo have")
     counts = torch.stack([mask.sum(over, keepdim=True), (mask & keep).sum(over, keepdim=True)])
     if loss_type == "dapo" and processes is not None:
         counts = processes.total(counts)

@@ -42,7 +42,6 @@ from capo_rl.models import check_head
 from capo_rl.planner import MicroBatch, Planner
 from capo_rl.records import versions, written_whole
 from capo_rl.rewards import Guarded, guarded
-from capo_rl.selection import accepted_mean
 from capo_rl.step import AdamStep, SGDStep
 from capo_rl.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.telemetry import rank_correlation, synchronise
@@ -52,6 +51,7 @@ from capo_rl.trust_region import (
     CopiedStep,
     RecomputedStep,
     Steering,
+    TrustRegion,
     check_recomputable,
     way_back,
 )
@@ -76,14 +76,10 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 # How much of a token's gradient may, by rounding, not be that of its own advantage.
 _OWN_ADVANTAGE = 0.05
-# The share of a budget above which the KL of no step at all makes the budget meaningless.
-_NOISE = 0.05
 # Batches one after another without any reward that end the run.
 _UNREWARDED = 3
 # What TRL passes to reward functions itself, beside the columns of the data.
 _PASSED = ("prompts", "completions", "trainer_state", "log_extra", "log_metric")
-# Steps undone one after another at which the run says so.
-_UNDONE = 10
 
 
 class CAPOTrainer(GRPOTrainer):
@@ -91,7 +87,7 @@ class CAPOTrainer(GRPOTrainer):
 
     Its only change to training is the length of the step and, with `capo_mode="mask"`, what is in it:
 
-        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.Steering`)
+        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`)
         mask           rejected tokens get an advantage of zero, and denominators count accepted tokens
                        (`selection.accepted_mean`); a step with every token rejected is skipped; with `capo_share` the
                        step is multiplied by the accepted tokens' share (`share.Share`)
@@ -143,12 +139,11 @@ class CAPOTrainer(GRPOTrainer):
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
         self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
-        self._scale = 1.0  # of the coming step's learning rate
-        self._lrs: list[float] = []  # the schedule's, while a step is taken at others
+        self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
+        self._scale = 1.0  # of the step's learning rate
         self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
         self._skipped = False  # whether the last step was left out
         self._empty = False  # whether it has no tokens to measure its KL on
-        self._undone = 0  # steps in a row
         self._noise_known = False  # whether the KL of no step was measured
         self._informative = True  # whether the coming step has a gradient of its own
         self._to_log = self._to_measure = True  # whether the coming step is
@@ -361,39 +356,30 @@ class CAPOTrainer(GRPOTrainer):
         )
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
 
-        masked = self.args.capo_mode == "mask"
+        planned.watch(logps, mask, self._loss_scale())
+        if self.args.capo_mode != "mask":
+            return
+        written = planned.masked(advantages, mask, self.loss_type, self._loss_scale())
+        inputs["advantages"] = written
         gradients: dict[str, Tensor] = {}
 
-        def watch_written(gradient: Tensor) -> None:
-            own = planned.advantages.where(~planned.shifts.nonfinite, 0)
-            planned.whole = -own * gradient[mask] / self._loss_scale()
+        def check_written(gradient: Tensor) -> None:
             gradients["advantage"] = (written.detach() * gradient)[mask]
             self._check_own_advantages(**gradients)
 
-        if masked:
-            keep = mask.clone()
-            keep[mask] = planned.keep
-            advantages = advantages.clone()
-            advantages[mask] = planned.used
-            written = advantages * accepted_mean(self.loss_type, mask, keep, self.planner.processes)
-            inputs["advantages"] = written
-            # The loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
-            written.requires_grad_().register_hook(watch_written)
-
-        def watch(gradient: Tensor) -> None:
-            planned.weights = -gradient[mask] / self._loss_scale()
+        def check_rejected(gradient: Tensor) -> None:
             # With a KL term a rejected token still has a gradient, and with a loss of NaN all have one.
-            left = planned.weights[~planned.keep]
-            if masked and self.beta == 0.0 and (left[left.isfinite()] != 0).any():
+            left = gradient[mask][~planned.keep]
+            if self.beta == 0.0 and (left[left.isfinite()] != 0).any():
                 raise RuntimeError(
                     "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
                     "this version of TRL is not supported"
                 )
-            if masked:
-                gradients["log_prob"] = gradient[mask]
-                self._check_own_advantages(**gradients)
+            gradients["log_prob"] = gradient[mask]
+            self._check_own_advantages(**gradients)
 
-        logps.register_hook(watch)
+        written.register_hook(check_written)
+        logps.register_hook(check_rejected)
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
@@ -500,11 +486,10 @@ class CAPOTrainer(GRPOTrainer):
 
     def _begin_step(self) -> None:
         """Before the first micro-batch: what of the schedule's learning rate the coming step may have."""
-        self._scale = 1.0
-        if self._budget is not None:
-            self._scale = self._budget.scale(max(group["lr"] for group in self._optimizer().param_groups))
-        if self.is_deepspeed_enabled:
-            self._scale_learning_rate()
+        if self._region is not None:
+            if self.is_deepspeed_enabled:
+                self._region.before_step()
+            self._scale = self._region.scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
@@ -544,7 +529,7 @@ class CAPOTrainer(GRPOTrainer):
                 "`super()._compute_loss`, or use capo_mode='off'"
             )
         finite = self._gradient_is_finite()
-        changes = self.args.changes_the_run
+        changes, share = self.args.changes_the_run, 1.0
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
         unusable = not finite and (changes or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
@@ -563,50 +548,28 @@ class CAPOTrainer(GRPOTrainer):
             # Gradients are averaged over processes after the weights were read off.
             figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
             if planner.share is not None and changes:
-                self._scale *= planner.share.value
+                share = planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
-                    figures["capo/kl/predicted"] *= planner.share.value**2
+                    figures["capo/kl/predicted"] *= share**2
             # asked only where a control learns from it: it costs a reduction over processes
             self._informative = self._budget is None or planner.has_gradient
         self._norm = None
-        if not self.is_deepspeed_enabled:
-            self._scale_learning_rate()
-        if changes:
-            figures["capo/learning_rate"] = self._scale * self._lrs[0]
-        if self._budget is not None and not self._skipped:
-            if not self._noise_known and not self.is_deepspeed_enabled:
-                figures["capo/kl/noise"] = self._measure_noise(self._budget.budget)
-            self._budget.before_step(self._optimizer())
+        if self._region is not None:
+            if not self._skipped and not self.is_deepspeed_enabled:
+                if self._budget is not None and not self._noise_known:
+                    self._noise_known = True
+                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl()[0])
+                self._scale = self._region.before_step(share)
+            figures["capo/learning_rate"] = self._region.lr()
         figures["capo/steps_skipped"] = float(planner.steps_skipped)
         figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
-    def _measure_noise(self, budget: float) -> float:
-        """The KL of no step at all, once a run: what rounding makes of two forward passes that should be the same."""
-        self._noise_known = True
-        noise, _ = self._measure_kl()
-        if not noise < _NOISE * budget:
-            logger.warning(
-                "rounding alone looks like a KL of %.1e nats a token here, and capo_kl_budget=%g holds updates to a "
-                "tenth of it on average: the budget can't be kept. Use a larger one, capo_kl_sample=1.0 (the same "
-                "shapes round alike), or weights in float32",
-                noise,
-                budget,
-            )
-        return noise
-
-    def _scale_learning_rate(self) -> None:
-        groups = self._optimizer().param_groups
-        self._lrs = [group["lr"] for group in groups]
-        if self._scale != 1.0:
-            for group in groups:
-                group["lr"] *= self._scale
-
     def _after_optimizer(self) -> None:
         """Give the learning rate back before the scheduler looks at it."""
-        for group, lr in zip(self._optimizer().param_groups, self._lrs, strict=True):
-            group["lr"] = lr
+        if self._region is not None:
+            self._region.restore()
 
     def _start(self) -> None:
         """Forget what a training that was broken off in the middle of a step has left."""
@@ -614,6 +577,9 @@ class CAPOTrainer(GRPOTrainer):
         if self._recomputes:
             check_recomputable(self._optimizer())
         self._follow_optimizer()
+        if self._region is not None:
+            self._region.restore()
+        self._region = TrustRegion(self._optimizer(), self._budget) if self.args.changes_the_run else None
         self.planner.clear()
         self._forwards.clear()
         self._rollouts.clear()
@@ -658,12 +624,12 @@ class CAPOTrainer(GRPOTrainer):
         if self._skipped or self._empty:
             pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
-            lr = self._scale * max(self._lrs)
-            update = self._budget.after_step(lr, measure_kl, self._informative)
+            assert self._region is not None
+            update = self._region.after_step(measure_kl, self._informative)
+            assert update is not None
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
             figures["capo/kl/fraction"] = update.fraction
-            self._watch_undone(update.fraction == 0)
         elif self._to_measure:
             figures["capo/kl/measured"] = measure_kl()
         if tokens is not None:
@@ -681,19 +647,8 @@ class CAPOTrainer(GRPOTrainer):
         assert self.planner is not None
         self._reshard()
         sample = [forward.sample for forward in self._forwards]
-        tokens = self.planner.measured_kl(sample, self._hidden_now, self._head(self.model_wrapped))
-        # processes of different machines may sum in another order, and must go back equally far
-        return self.planner.processes.agreed(_mean(tokens[0]), self.args.device), tokens
-
-    def _watch_undone(self, undone: bool) -> None:
-        self._undone = self._undone + 1 if undone else 0
-        if self._undone == _UNDONE:
-            logger.warning(
-                "%d steps in a row were over capo_kl_budget=%g however short, or had a KL that is no number, and were "
-                "undone: the model does not train. Look at capo/kl/proposed; a smaller learning_rate may help",
-                _UNDONE,
-                self._budget.budget if self._budget else math.nan,
-            )
+        mean, *tokens = self.planner.measured_kl(self._hidden_now, self._head(self.model_wrapped), sample)
+        return mean, (tokens[0], tokens[1])
 
     def _record_tokens(self, planner: Planner) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
@@ -979,10 +934,6 @@ def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> 
         yield
     finally:
         _set_random_state(devices, before)
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean()) if len(values) else math.nan
 
 
 def _check_columns(*datasets: Any) -> None:

@@ -15,14 +15,20 @@ last KL is PPO's adaptive coefficient (Schulman et al., 2017) with the learning 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from capo_rl.defaults import KL_BUDGET, KL_START
+from capo_rl.step_model import group_of
+
+logger = logging.getLogger(__name__)
 
 Measure = Callable[[], float]
 
@@ -32,6 +38,10 @@ _AIM = 0.9
 # at each step; how much longer a step may be than the one before it; what is left after one whose KL was no number.
 _MEAN, _MEMORY, _GROWTH, _SHRINK = 0.1, 0.8, 2.0, 0.1
 _FLOOR = 1e-20  # of the learning rate, from which it can double its way back
+# The share of a budget above which the KL of no step at all makes the budget meaningless.
+_NOISE = 0.05
+# Steps undone one after another at which the run says so.
+_UNDONE = 10
 
 
 @dataclass(frozen=True)
@@ -231,6 +241,181 @@ class Steering:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.limit, self._kl, self._weight = state["limit"], state["kl"], state["weight"]
+
+
+class TrustRegion:
+    """How long each step of an optimizer is: held to a budget of KL, and multiplied by a share.
+
+    Any `torch.optim.Optimizer` will do, and any schedule of its learning rates. Around each of its steps:
+
+        region = TrustRegion(optimizer, budget=5e-3)        # nats a token, for each update
+        ...
+        loss.backward()
+        region.before_step()                                # the optimizer's learning rates are the step's
+        optimizer.step()
+        region.after_step(measure)                          # and again the schedule's
+        scheduler.step()
+
+    `measure()` is the mean KL(π ‖ π') in nats a token from the policy before the step to that of the weights as they
+    are when it is called (`Planner.measured_kl`). It is called once, and again for each try where the update was over
+    the budget and part of it is taken back. A step that is left out (`optimizer.step()` is not called) needs neither
+    call.
+
+    A number as `budget` is kept by `Steering`, which starts slowly; a `Steering` or `Backtracking` of one's own keeps
+    it another way; with None there is no budget, and only the share shortens steps.
+
+    Raises `TypeError` for what is no optimizer, and `ValueError` for a budget that is not above 0 or an optimizer whose
+    step no learning rate scales.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> region = TrustRegion(optimizer, Backtracking(0.09, CopiedStep))
+    >>> weight.grad = torch.ones(1)
+    >>> _ = region.before_step(share=0.5)
+    >>> optimizer.step()                                    # from 1 to ½
+    >>> update = region.after_step(lambda: (1 - weight.item()) ** 2)
+    >>> update.proposed, round(update.measured, 3), round(weight.item(), 3), optimizer.param_groups[0]["lr"]
+    (0.25, 0.081, 0.715, 1.0)
+    """
+
+    def __init__(self, optimizer: Optimizer, budget: float | Steering | Backtracking | None = KL_BUDGET) -> None:
+        check_steerable(optimizer)
+        self.optimizer = optimizer
+        if isinstance(budget, int | float):
+            if not budget > 0:
+                raise ValueError(f"budget={budget} must be above 0 nats a token, or None for no budget")
+            # a schedule that warms up has set `lr` to its first value already
+            first = KL_START * max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+            if not first > 0:
+                raise ValueError(
+                    "every lr of the optimizer is 0, and the slow start is a share of it: give it the learning rate "
+                    "before the TrustRegion is made, or budget=Steering(budget, first=..., way=way_back)"
+                )
+            budget = Steering(budget, first, way_back)
+        self.control = budget
+        self._rates: list[Any] | None = None  # the schedule's, while the optimizer has the step's
+        self._scale = 1.0  # of those to these
+        self._lr: float | None = None  # the largest of the step that is not measured yet
+        self._undone = 0  # steps in a row
+
+    @property
+    def scale(self) -> float:
+        """What of the schedule's learning rates the coming step may have; between `before_step` and `after_step`, what
+        it has, the share included."""
+        if self._rates is not None:
+            return self._scale
+        return 1.0 if self.control is None else self.control.scale(self._largest())
+
+    def lr(self, weight: Tensor | None = None) -> float:
+        """The learning rate that the coming step may have (has, after `before_step`) for a weight, or for the first
+        group: what the step model is to reckon with."""
+        at = 0 if weight is None else group_of(self.optimizer, weight)
+        lr = float(self.optimizer.param_groups[at]["lr"])
+        return lr if self._rates is not None else self.scale * lr
+
+    def check_noise(self, measure: Measure) -> float:
+        """The KL of no step at all, for once before a step: what rounding makes of two forward passes that should be
+        the same. Says so where it is too much for the budget."""
+        noise = measure()
+        if self.control is not None and not noise < _NOISE * self.control.budget:
+            logger.warning(
+                "rounding alone looks like a KL of %.1e nats a token here, and the budget of %g (capo_kl_budget) holds "
+                "updates to a tenth of it on average: it can't be kept. Use a larger one, measure on all completions "
+                "(capo_kl_sample=1.0; the same shapes round alike), or weights in float32",
+                noise,
+                self.control.budget,
+            )
+        return noise
+
+    def before_step(self, share: float = 1.0) -> float:
+        """The optimizer is about to step: give it the step's learning rates, `share` times what the budget allows, and
+        keep the way back. Returns `scale`.
+
+        Raises `RuntimeError` where the step before was not finished.
+        """
+        if self._rates is not None:
+            raise RuntimeError(
+                "before_step was called twice and the learning rates are still those of the first: call "
+                "after_step(measure) after each optimizer.step(), or restore() where nothing is measured"
+            )
+        self._scale = self.scale * share
+        self._lr = self._scale * self._largest()
+        groups = self.optimizer.param_groups
+        self._rates = [lr.clone() if isinstance(lr := group["lr"], Tensor) else lr for group in groups]
+        if self._scale != 1.0:
+            for group, lr in zip(groups, self._rates, strict=True):
+                _set_lr(group, lr * self._scale)
+        if self.control is not None:
+            self.control.before_step(self.optimizer)
+        return self._scale
+
+    def restore(self) -> None:
+        """Give the optimizer the schedule's learning rates back, before the schedule looks at them; `after_step` does
+        so too."""
+        if self._rates is not None:
+            for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True):
+                _set_lr(group, lr)
+            self._rates = None
+
+    def after_step(self, measure: Measure, informative: bool = True) -> Shortened | None:
+        """The optimizer has stepped: measure the update, take back what is over the budget, and learn from it.
+
+        One that was not `informative` (`Planner.has_gradient`) had no gradient of its own, only momentum. None without
+        a budget, and then `measure` is not called. Raises `RuntimeError` without `before_step`.
+        """
+        if self._lr is None:
+            raise RuntimeError(
+                "after_step came without before_step, so there is no way back from this step: call before_step() "
+                "right before optimizer.step()"
+            )
+        self.restore()
+        lr, self._lr = self._lr, None
+        if self.control is None:
+            return None
+        update = self.control.after_step(lr, measure, informative)
+        self._undone = self._undone + 1 if update.fraction == 0 else 0
+        if self._undone == _UNDONE:
+            logger.warning(
+                "%d steps in a row were over the budget of %g nats a token however short, or had a KL that is no "
+                "number, and were undone: the model does not train. Look at the KL they had before (capo/kl/proposed); "
+                "a smaller learning rate may help",
+                _UNDONE,
+                self.control.budget,
+            )
+        return update
+
+    def state_dict(self) -> dict[str, float]:
+        """What the budget's control has learned, as plain numbers."""
+        return {} if self.control is None else self.control.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` gave."""
+        if self.control is not None:
+            self.control.load_state_dict(state)
+
+    def _largest(self) -> float:
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+
+def check_steerable(optimizer: Any) -> None:
+    """Raises `TypeError` for what is no optimizer, and `ValueError` for a group without a learning rate to scale."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups:
+        raise TypeError(f"a {type(optimizer).__name__} has no param_groups: give the torch.optim.Optimizer that trains")
+    for i, group in enumerate(groups):
+        if group.get("lr") is None:
+            raise ValueError(
+                f"group {i} of the {type(optimizer).__name__} has no lr, by which the length of a step is steered: use "
+                "an optimizer that takes a learning rate and does not choose it by itself"
+            )
+
+
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    """A tensor is written into: a compiled or captured step reads that very tensor."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(lr)
+    else:
+        group["lr"] = lr
 
 
 def _trained(optimizer: Optimizer) -> Iterator[Tensor]:
