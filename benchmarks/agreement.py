@@ -85,7 +85,7 @@ def made(data: Path) -> Iterator[Case]:
     from grading import forms
 
     from capo_rl.answers import number
-    from capo_rl.benchmarks import BENCHMARKS
+    from capo_rl.evaluation.benchmarks import BENCHMARKS
 
     rng = random.Random(0)
     gsm8k = rng.sample(rows(data / "gsm8k_train.jsonl"), 3 * MADE)
@@ -159,8 +159,8 @@ def math_verify_tests(folder: Path) -> Iterator[tuple[str, str, bool, str | None
 
 
 def ours(cases: Sequence[Case], deadline: float) -> list[Any]:
-    from capo_rl.benchmarks import BENCHMARKS
-    from capo_rl.grading import Grader
+    from capo_rl.evaluation.benchmarks import BENCHMARKS
+    from capo_rl.rewards.grading import Grader
 
     rules = [BENCHMARKS["gsm8k" if case.kind == "gsm8k" else "math500"].rule for case in cases]
     with Grader(workers=2, deadline=deadline) as grader:
@@ -360,7 +360,7 @@ def report(cases: Sequence[Case], verdicts: Sequence[Any], replies: Sequence[dic
 
 def report_tests(folder: Path, deadline: float) -> None:
     from capo_rl.answers import Rule, parts
-    from capo_rl.grading import Grader
+    from capo_rl.rewards.grading import Grader
 
     rows = list(math_verify_tests(folder))
     mapped = [row for row in rows if row[3] is not None]

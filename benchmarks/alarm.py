@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from capo_rl.alarm import Alarm, AlarmCallback, Watch
-from capo_rl.bench import read_results
-from capo_rl.records import versions, write_json
+from capo_rl.runs.records import versions, write_json
 from capo_rl.statistics import collapsed, smooth, wilson_interval
+from capo_rl.testbed.bench import read_results
+from capo_rl.trainers.alarm import Alarm, AlarmCallback, Watch
 
 TUNING, EVALUATION = ("learning_rate", "budget", "thresholds", "why", "regime"), ("main",)
 HORIZON = 50  # optimizer steps: an alarm further ahead of a collapse did not foresee it
@@ -316,8 +316,8 @@ def act(results: Path, out: Path) -> None:
 
 def _train(alarm: Alarm, seed: int) -> dict[str, list[float | None]]:
     """The curves of one run in the aggressive regime that lowers its learning rate at each alarm."""
-    from capo_rl.recipe import read_recipe
-    from capo_rl.train import make_trainer
+    from capo_rl.settings.recipe import read_recipe
+    from capo_rl.trainers.train import make_trainer
 
     with tempfile.TemporaryDirectory() as folder:
         asked = {"seed": seed, "learning_rate": 5e-4, "output_dir": folder, "save_strategy": "no"}

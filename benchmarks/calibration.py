@@ -17,10 +17,10 @@ from statistics import median
 
 import torch
 
-from capo_rl.calibrate import calibrate
-from capo_rl.recipe import read_recipe
-from capo_rl.records import versions, write_json
-from capo_rl.train import make_trainer
+from capo_rl.runs.records import versions, write_json
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.trainers.calibrate import calibrate
+from capo_rl.trainers.train import make_trainer
 
 
 def main() -> None:

@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from capo_rl.arithmetic import problems
-from capo_rl.head import Head
-from capo_rl.models import load_model, load_tokenizer
-from capo_rl.planner import Planner
-from capo_rl.processes import Processes
-from capo_rl.records import versions, write_json
-from capo_rl.selection import Thresholds
-from capo_rl.step import AdamStep
+from capo_rl.curvature.head import Head
+from capo_rl.curvature.processes import Processes
+from capo_rl.curvature.selection import Thresholds
+from capo_rl.curvature.step import AdamStep
+from capo_rl.planning.planner import Planner
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.runs.records import versions, write_json
+from capo_rl.tasks.arithmetic import problems
 
 PROCESSES = 2
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from capo_rl import AdamStep
-from capo_rl.kernels import uses_triton
-from capo_rl.last_layer import LastLayer, last_layer, row_gradient, support_rows, tile_elements
-from capo_rl.records import versions, write_json
-from capo_rl.shifts import Shifts, shifts_along, subset_direction, token_direction, token_shifts_of
+from capo_rl.curvature.kernels import uses_triton
+from capo_rl.curvature.last_layer import LastLayer, last_layer, row_gradient, support_rows, tile_elements
+from capo_rl.curvature.shifts import Shifts, shifts_along, subset_direction, token_direction, token_shifts_of
+from capo_rl.runs.records import versions, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K = 50  # and the sampled token

@@ -24,8 +24,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from capo_rl.answers import Rule, extract_answer
-from capo_rl.benchmarks import BENCHMARKS, load_benchmark
-from capo_rl.grading import Grader, Verdict
+from capo_rl.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from capo_rl.rewards.grading import Grader, Verdict
 
 PIECES = (
     r"\frac", r"\sqrt", r"\text{", r"\pi", r"\infty", r"\pm", r"\cup", r"\%", r"\overline{", r"\{", r"\}", r"\\", r"\,",

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from capo_rl import answers
 from capo_rl.answers import Rule
-from capo_rl.benchmarks import BENCHMARKS, Problem, load_benchmark
-from capo_rl.grading import TIMED_OUT, Grader
+from capo_rl.evaluation.benchmarks import BENCHMARKS, Problem, load_benchmark
+from capo_rl.rewards.grading import TIMED_OUT, Grader
 
 # What a model may write, or somebody who wants the grader to fail: a completion and a reference answer that it isn't.
 HOSTILE = {

@@ -42,11 +42,11 @@ from curvature import (
 )
 from torch import Tensor
 
-from capo_rl.kernels import adam_shifts, moment_update, triton
-from capo_rl.kernels.adam_shifts import adam_shifts as fused_shifts
-from capo_rl.kernels.moment_update import fused_update_moments, update_moments
-from capo_rl.last_layer import RowGradient, row_gradient
-from capo_rl.records import versions, write_json
+from capo_rl.curvature.kernels import adam_shifts, moment_update, triton
+from capo_rl.curvature.kernels.adam_shifts import adam_shifts as fused_shifts
+from capo_rl.curvature.kernels.moment_update import fused_update_moments, update_moments
+from capo_rl.curvature.last_layer import RowGradient, row_gradient
+from capo_rl.runs.records import versions, write_json
 
 REHEARSAL = "--rehearse" in sys.argv
 REPEATS = 1 if REHEARSAL else 20

@@ -22,9 +22,9 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from capo_rl.recipe import read_recipe
-from capo_rl.records import versions, write_json
-from capo_rl.train import make_trainer
+from capo_rl.runs.records import versions, write_json
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.trainers.train import make_trainer
 
 ROOT = Path(__file__).parents[1]
 # A policy that hardly moves keeps its lengths, which are what the memory of a step depends on. Every logged step stays

@@ -29,12 +29,12 @@ import yaml
 from transformers import TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from capo_rl.grading import shared_grader
-from capo_rl.last_layer import blocks
-from capo_rl.recipe import read_recipe
-from capo_rl.records import versions, write_json
-from capo_rl.rewards import accuracy_reward
-from capo_rl.train import make_trainer
+from capo_rl.curvature.last_layer import blocks
+from capo_rl.rewards.accuracy import accuracy_reward
+from capo_rl.rewards.grading import shared_grader
+from capo_rl.runs.records import versions, write_json
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.trainers.train import make_trainer
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None, "capo_kl_budget": None}
 TRL = "TRL's GRPOTrainer"

@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.data import as_prompts, load_problems
-from capo_rl.models import load_model, load_tokenizer
+from capo_rl.runs.data import as_prompts, load_problems
+from capo_rl.runs.models import load_model, load_tokenizer
 
 
 def judge(completions, answer, **columns):

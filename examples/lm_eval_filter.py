@@ -19,7 +19,7 @@ from lm_eval.api.filter import Filter
 from lm_eval.api.registry import register_filter
 
 from capo_rl.answers import Rule
-from capo_rl.grading import shared_grader
+from capo_rl.rewards.grading import shared_grader
 
 
 @register_filter("capo")

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from capo_rl import Head, Planner, TrustRegion  # CAPO
-from capo_rl.arithmetic import problems
-from capo_rl.models import load_model, load_tokenizer
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.tasks.arithmetic import problems
 
 PROMPTS, GROUP, LENGTH, CLIP = 2, 8, 48, 1.0
 

@@ -12,10 +12,9 @@ import argparse
 
 import torch
 
-from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.data import as_prompts, load_problems
-from capo_rl.grading import accuracy_reward
-from capo_rl.models import load_model, load_tokenizer
+from capo_rl import CAPOConfig, CAPOTrainer, accuracy_reward
+from capo_rl.runs.data import as_prompts, load_problems
+from capo_rl.runs.models import load_model, load_tokenizer
 
 
 def run(folder: str, max_steps: int, resume: bool = False) -> dict[str, torch.Tensor]:

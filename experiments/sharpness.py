@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_rl.bench import read_results
+from capo_rl.testbed.bench import read_results
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDERS = (RESULTS / "main", RESULTS / "budget")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from capo_rl.arithmetic import problems
-from capo_rl.last_layer import last_layer
-from capo_rl.models import ModelError, load_model, load_tokenizer
-from capo_rl.selection import PAPERS_SCALE, Thresholds, select, translated
-from capo_rl.shifts import token_shifts_of
-from capo_rl.step import AdamStep
+from capo_rl.curvature.last_layer import last_layer
+from capo_rl.curvature.selection import PAPERS_SCALE, Thresholds, select, translated
+from capo_rl.curvature.shifts import token_shifts_of
+from capo_rl.curvature.step import AdamStep
+from capo_rl.runs.models import ModelError, load_model, load_tokenizer
+from capo_rl.tasks.arithmetic import problems
 
 TOKENS = 1024
 PROMPTS = [

@@ -33,10 +33,10 @@ from typing import Any
 import yaml
 from trl import GRPOConfig, ModelConfig
 
-from capo_rl.config import CAPOConfig
-from capo_rl.fields import NEEDS, NOT_HERE
-from capo_rl.recipe import read_recipe
-from capo_rl.train import train
+from capo_rl.settings.config import CAPOConfig
+from capo_rl.settings.fields import NEEDS, NOT_HERE
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.trainers.train import train
 
 ROOT = Path(__file__).parents[1]
 RESULT, PAGE = ROOT / "results" / "settings" / "fields.json", ROOT / "docs" / "fields.md"
@@ -245,7 +245,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "save_total_limit": {"max_steps": 3},
 }
 # Fields that act where one process on a CPU has nothing to do, and where that is in the source.
-ELSEWHERE = {"ddp_timeout": "capo_rl/train.py:train, with several processes"}
+ELSEWHERE = {"ddp_timeout": "capo_rl/trainers/train.py:train, with several processes"}
 # What the parser itself does with the arguments, which is no use of them.
 _SHOWING = {
     "to_dict",

@@ -2,8 +2,8 @@ r"""Make `src/capo_rl/embedded`: a decoder small enough to ship and to train on 
 
     python scripts/make_embedded.py
 
-It learns `capo_rl.arithmetic` by imitation of chains whose steps slip, so that it knows the arithmetic, trusts it as
-little as the slips tell it to, and solves half of the problems when sampled: the base that reinforcement learning
+It learns `capo_rl.tasks.arithmetic` by imitation of chains whose steps slip, so that it knows the arithmetic, trusts
+it as little as the slips tell it to, and solves half of the problems when sampled: the base that reinforcement learning
 wants. Longer and shorter chains than the five terms of the task are among those that it learns from.
 
 About 10 minutes on one CPU core (the same weights each time with the same torch and CPU). Expect, on 4096 fresh
@@ -25,8 +25,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from capo_rl.arithmetic import WORDS, problems
-from capo_rl.models import load_model, load_tokenizer
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.tasks.arithmetic import WORDS, problems
 
 PAD, EOS = "<pad>", "<eos>"
 FRAME = ["Compute ", " mod 10.\n", "\\boxed{", "}"]
@@ -154,8 +154,9 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: 
 CARD = """\
 # The embedded model
 
-A Llama of {parameters:,} parameters, which writes chains of thought for `capo_rl.arithmetic` and slips at some steps
-as it was taught to: a base to train by reinforcement on a CPU. Load it with `capo_rl.models.load_model("embedded")`.
+A Llama of {parameters:,} parameters, which writes chains of thought for `capo_rl.tasks.arithmetic` and slips at some
+steps as it was taught to: a base to train by reinforcement on a CPU. Load it with
+`capo_rl.runs.models.load_model("embedded")`.
 It reads and writes nothing but that task; other text is an error of its tokenizer.
 
 Made by `scripts/make_embedded.py`: from random weights, imitation of {chains:,} made-up chains of 2 to 9 terms, each

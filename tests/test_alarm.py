@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import MonitorCallback
-from capo_rl.alarm import Alarm, AlarmCallback, Watch, scale_learning_rate
+from capo_rl.trainers.alarm import Alarm, AlarmCallback, Watch, scale_learning_rate
 
 X = {"x": 0.0}
 # Any rise over the last two observations raises an alarm, once.
@@ -200,9 +200,9 @@ def test_figures_reach_reporters_and_history_and_nothing_else_changes(build, sto
     reporter = Reporter()
     watched = with_alarm(build, *classes, actions=("warn",), callbacks=[reporter], **RISING)
     assert watched.callback_handler.callbacks.index(reporter) > 0
-    with caplog.at_level(logging.WARNING, logger="capo_rl.alarm"):
+    with caplog.at_level(logging.WARNING, logger="capo_rl.trainers.alarm"):
         watched.train()
-    assert [record.message for record in caplog.records if record.name == "capo_rl.alarm"] == [
+    assert [record.message for record in caplog.records if record.name == "capo_rl.trainers.alarm"] == [
         "step 3: alarm, learning_rate at 2 times the baseline (warn)"
     ]
     sent = [

@@ -22,7 +22,7 @@ from capo_rl.answers import (
     stated_answer,
     without_unit,
 )
-from capo_rl.grading import TIMED_OUT, Grader, Verdict
+from capo_rl.rewards.grading import TIMED_OUT, Grader, Verdict
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from capo_rl.arithmetic import WORDS, chain, problems
+from capo_rl.tasks.arithmetic import WORDS, chain, problems
 
 ROWS = 2000
 STEP = re.compile(r"(\d)([+-])(\d)=(\d) ([a-z]+)\n")

@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from capo_rl import benchmarks
-from capo_rl.benchmarks import BENCHMARKS, BenchmarkError, Problem, choice_order, load_benchmark
-from capo_rl.grading import Grader
+from capo_rl.evaluation import benchmarks
+from capo_rl.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Problem, choice_order, load_benchmark
+from capo_rl.rewards.grading import Grader
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "eval"
 NAMES = ["gsm8k", "math500", "olympiadbench", "minerva_math", "gpqa_diamond", "amc23", "aime24", "aime25"]
@@ -190,7 +190,7 @@ def test_columns_that_have_changed_quote_no_question(small, monkeypatch):
 
 def test_the_table_costs_no_heavy_import():
     heavy = "{'torch', 'transformers', 'datasets', 'sympy', 'math_verify'}"
-    code = f"import sys, capo_rl.benchmarks, capo_rl.grading; print({heavy} & sys.modules.keys())"
+    code = f"import sys, capo_rl.evaluation.benchmarks, capo_rl.rewards.grading; print({heavy} & sys.modules.keys())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"
 

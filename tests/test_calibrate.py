@@ -11,9 +11,16 @@ import torch
 import yaml
 
 from capo_rl import CAPOConfig
-from capo_rl.adapt import AdaptThresholds
-from capo_rl.bench import read_bench
-from capo_rl.calibrate import (
+from capo_rl.cli import main
+from capo_rl.curvature.selection import Thresholds, select
+from capo_rl.curvature.shifts import Shifts
+from capo_rl.curvature.step import AdamStep, SGDStep
+from capo_rl.planning.planner import Planner
+from capo_rl.testbed.bench import read_bench
+from capo_rl.thresholds.adapt import AdaptThresholds
+from capo_rl.thresholds.kl_regression import regress, student_quantile
+from capo_rl.thresholds.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
+from capo_rl.trainers.calibrate import (
     CalibrationError,
     Choice,
     Step,
@@ -24,13 +31,6 @@ from capo_rl.calibrate import (
     fisher_bound,
     fragment,
 )
-from capo_rl.cli import main
-from capo_rl.kl_regression import regress, student_quantile
-from capo_rl.planner import Planner
-from capo_rl.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
-from capo_rl.selection import Thresholds, select
-from capo_rl.shifts import Shifts
-from capo_rl.step import AdamStep, SGDStep
 from conftest import make_model
 
 ROOT = Path(__file__).parents[1]

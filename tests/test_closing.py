@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from capo_rl.cli import make_parser
-from capo_rl.closing import GRPO_THERE, closing, is_quickstart
-from capo_rl.recipe import read_recipe
+from capo_rl.pages.closing import GRPO_THERE, closing, is_quickstart
+from capo_rl.settings.recipe import read_recipe
 from capo_rl.statistics import collapsed
 
 GRPO = Path(__file__).parents[1] / "results" / "main" / "grpo-a"

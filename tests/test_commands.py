@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from capo_rl.cli import make_parser
-from capo_rl.packaged import packaged
-from capo_rl.recipe import read_recipe
-from capo_rl.recipe_file import find_recipe, first_look
+from capo_rl.settings.packaged import packaged
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.settings.recipe_file import find_recipe, first_look
 
 ROOT = Path(__file__).parents[1]
 FILES = [

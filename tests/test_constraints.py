@@ -6,9 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capo_rl.constraints import CONSTRAINTS, ConstraintError, broken, check_constraints, constraint_reward, words
-from capo_rl.data import DataError, load_problems
-from capo_rl.sentences import HELD_OUT_NOUNS, NOUNS, sentences
+from capo_rl.rewards.constraints import (
+    CONSTRAINTS,
+    ConstraintError,
+    broken,
+    check_constraints,
+    constraint_reward,
+    words,
+)
+from capo_rl.runs.data import DataError, load_problems
+from capo_rl.tasks.sentences import HELD_OUT_NOUNS, NOUNS, sentences
 
 
 @pytest.mark.parametrize(

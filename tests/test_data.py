@@ -10,8 +10,8 @@ import datasets
 import pytest
 from trl import GRPOTrainer
 
-from capo_rl.data import RESERVED, DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
-from capo_rl.grading import Grader
+from capo_rl.rewards.grading import Grader
+from capo_rl.runs.data import RESERVED, DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 GOOD = {"problem": "1+1?", "answer": "2"}
@@ -93,7 +93,7 @@ def test_a_limit_draws_a_sample_that_the_seed_decides(tmp_path):
 
 
 def test_arithmetic_is_made_up_here():
-    pytest.importorskip("capo_rl.arithmetic", reason="capo_rl.arithmetic is not written yet")
+    pytest.importorskip("capo_rl.tasks.arithmetic", reason="capo_rl.tasks.arithmetic is not written yet")
     dataset = load_problems("arithmetic", limit=20, seed=3)
     assert dataset.num_rows == 20 and {"problem", "answer"} <= set(dataset.column_names)
     assert dataset.to_list() == load_problems("arithmetic", limit=20, seed=3).to_list()

@@ -16,8 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOConfig
 from capo_rl.cli import main
-from capo_rl.doctor import FIGURES, DoctorError, diagnose, environment, moved, read_log
-from capo_rl.own_fields import KL_BUDGET
+from capo_rl.pages.doctor import FIGURES, DoctorError, diagnose, environment, moved, read_log
+from capo_rl.planning.defaults import KL_BUDGET
 from capo_rl.statistics import collapsed
 from conftest import SETTINGS
 

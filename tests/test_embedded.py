@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from capo_rl.arithmetic import WORDS, problems
-from capo_rl.models import load_model, load_tokenizer, locate
+from capo_rl.runs.models import load_model, load_tokenizer, locate
+from capo_rl.tasks.arithmetic import WORDS, problems
 
 FOLDER = Path(locate("embedded").name)
 

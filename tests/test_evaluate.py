@@ -13,12 +13,11 @@ import pytest
 import torch
 from tests.conftest import make_model, make_tokenizer
 
-import capo_rl.evaluate as module
-from capo_rl import arithmetic
+import capo_rl.evaluation.evaluate as module
 from capo_rl.answers import Rule
-from capo_rl.benchmarks import BENCHMARKS, Problem
 from capo_rl.cli import main
-from capo_rl.evaluate import (
+from capo_rl.evaluation.benchmarks import BENCHMARKS, Problem
+from capo_rl.evaluation.evaluate import (
     EvaluationError,
     Settings,
     compare,
@@ -27,9 +26,10 @@ from capo_rl.evaluate import (
     regrade,
     summarize,
 )
-from capo_rl.generation import Completion, Sampling, choose_backend, encode, load_generator
-from capo_rl.models import ModelError
-from capo_rl.records import LOCK, RunFolderError, sole_writer
+from capo_rl.evaluation.generation import Completion, Sampling, choose_backend, encode, load_generator
+from capo_rl.runs.models import ModelError
+from capo_rl.runs.records import LOCK, RunFolderError, sole_writer
+from capo_rl.tasks import arithmetic
 
 SMALL = Settings("embedded", samples=3, temperature=1.0, top_p=1.0, max_new_tokens=60, batch_size=8)
 
@@ -95,7 +95,7 @@ def test_rows_that_end_early_are_left_out_and_the_others_go_on(embedded, monkeyp
     prompts = encode(embedded.tokenizer, [problem.prompt for problem in sums("gsm8k")])
     sampling = Sampling(0.0, 1.0, 40)
     whole = embedded.generate(prompts, [0] * len(prompts), sampling)
-    monkeypatch.setattr("capo_rl.generation._FIRST_SPAN", 4)
+    monkeypatch.setattr("capo_rl.evaluation.generation._FIRST_SPAN", 4)
     assert embedded.generate(prompts, [0] * len(prompts), sampling) == whole
     lengths = {len(completion.ids) for completion in whole}
     assert len(lengths) > 2 and not any(completion.truncated for completion in whole)

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capo_rl.cli import main
-from capo_rl.explain import ExplainError, token_texts, write_explanation
-from capo_rl.tokens import StepTokens, write_step
+from capo_rl.pages.explain import ExplainError, token_texts, write_explanation
+from capo_rl.runs.tokens import StepTokens, write_step
 from chromium import browser, needs_browser
 from test_tokens import some_tokens
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from capo_rl.checkpoints import (
+from capo_rl.runs.records import read_metrics
+from capo_rl.trainers.checkpoints import (
     CheckpointError,
     FiniteWeights,
     StopWhenTold,
@@ -24,7 +25,6 @@ from capo_rl.checkpoints import (
     damage_of,
     resume_point,
 )
-from capo_rl.records import read_metrics
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_fails_leaves_nothing_but_those_before(build, tmp_path
 
     trainer._save_scaler = fail  # weights, optimizer and step model are written already
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr("capo_rl.checkpoints.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("capo_rl.trainers.checkpoints.shutil.disk_usage", lambda path: usage)
     with pytest.raises(raised) as caught:
         trainer.train()
     assert type(caught.value) is raised
@@ -289,7 +289,7 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path,
 
 NOT_FINITE = """
 from capo_rl.cli import main
-from capo_rl.trl import CAPOTrainer
+from capo_rl.trainers.trl import CAPOTrainer
 
 compute = CAPOTrainer._compute_loss
 CAPOTrainer._compute_loss = lambda self, *each: compute(self, *each) * (

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import capo_rl
-from capo_rl import grading
 from capo_rl.answers import Rule, number
-from capo_rl.grading import TIMED_OUT, Grader, Verdict, extract_answer
-from capo_rl.rewards import accuracy_reward
+from capo_rl.rewards import grading
+from capo_rl.rewards.accuracy import accuracy_reward
+from capo_rl.rewards.grading import TIMED_OUT, Grader, Verdict, extract_answer
 
 DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 
@@ -289,7 +289,7 @@ def test_workers_die_with_their_parent_and_ignore_its_main_script(tmp_path, answ
     script = tmp_path / "train.py"
     script.write_text(
         "import sys, threading, time\n"
-        "from capo_rl.grading import Grader\n"
+        "from capo_rl.rewards.grading import Grader\n"
         "grader = Grader(workers=1, deadline=2.0)\n"
         "grader.grade(r'\\boxed{\\frac{\\sqrt{4}}{4}}', '0.5')\n"
         f"threading.Thread(target=grader.grade, args=(r'\\boxed{{{answer}}}', '10')).start()\n"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from capo_rl.head import Head
-from capo_rl.last_layer import _TILE, last_layer, likeliest
+from capo_rl.curvature.head import Head
+from capo_rl.curvature.last_layer import _TILE, last_layer, likeliest
 
 
 def in_tiles(head: Head, size: int):
@@ -52,7 +52,7 @@ def test_tiles_of_rows_give_the_last_layer_of_all_logits(monkeypatch, top_k, til
 @pytest.mark.parametrize(("vocabulary", "k"), [(1, 1), (5, 1), (37, 36), (600, 1), (600, 50)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_likeliest_rows_are_those_a_sort_puts_first(monkeypatch, quickselect, vocabulary, k, dtype):
-    monkeypatch.setattr("capo_rl.last_layer._QUICKSELECT", quickselect)
+    monkeypatch.setattr("capo_rl.curvature.last_layer._QUICKSELECT", quickselect)
     draw = torch.Generator().manual_seed(vocabulary)
     z = torch.randint(-3 * vocabulary, 3 * vocabulary, (9, vocabulary), generator=draw).to(dtype) / 7  # some are equal
     z[1, vocabulary // 2], z[2, 0], z[3] = torch.nan, -torch.inf, 0.0

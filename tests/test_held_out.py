@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from capo_rl.held_out import perplexity, sampled, sampled_accuracy
-from capo_rl.models import load_model, load_tokenizer
-from capo_rl.recipe import read_recipe
-from capo_rl.train import make_trainer
+from capo_rl.runs.models import load_model, load_tokenizer
+from capo_rl.settings.recipe import read_recipe
+from capo_rl.testbed.held_out import perplexity, sampled, sampled_accuracy
+from capo_rl.trainers.train import make_trainer
 
 ROWS = [{"problem": f"Compute {a}+{b} mod 10.\n"} for a in range(3) for b in range(3)]
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from capo_rl.bench import Bench, BenchError, _scales
-from capo_rl.interventions import Scales, WholeSecondMoment, one_sign
-from capo_rl.selection import Thresholds
+from capo_rl.curvature.selection import Thresholds
+from capo_rl.testbed.bench import Bench, BenchError, _scales
+from capo_rl.testbed.interventions import Scales, WholeSecondMoment, one_sign
 from test_rivals import tokens
 
 

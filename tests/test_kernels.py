@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from capo_rl import AdamStep
-from capo_rl.kernels import moment_update, triton
-from capo_rl.kernels.adam_shifts import Adam, adam_direction, adam_shifts, momentum_direction, square_root
-from capo_rl.last_layer import _TILE, LastLayer, RowGradient, last_layer, row_gradient
-from capo_rl.shifts import shifts_along, token_shifts, token_shifts_of
+from capo_rl.curvature.kernels import moment_update, triton
+from capo_rl.curvature.kernels.adam_shifts import Adam, adam_direction, adam_shifts, momentum_direction, square_root
+from capo_rl.curvature.last_layer import _TILE, LastLayer, RowGradient, last_layer, row_gradient
+from capo_rl.curvature.shifts import shifts_along, token_shifts, token_shifts_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 UNIT = 2.0**-24  # half a unit in float32's last place
@@ -201,7 +201,7 @@ def test_tokens_without_an_advantage_share_a_step_within_the_same_bound(size, hi
 @pytest.mark.parametrize("shared", [0, 16])
 def test_a_step_takes_both_ways_and_each_for_its_tokens(monkeypatch, shared):
     case = tokens(5, 6, 9)
-    monkeypatch.setattr("capo_rl.step.SHARED_ROWS", shared)
+    monkeypatch.setattr("capo_rl.curvature.step.SHARED_ROWS", shared)
     step = AdamStep(0.01, betas=(0.9, 0.99), eps=1e-6)
     step.update(row_gradient(case.layer, case.advantages))
     case.advantages[::2] = 0
@@ -246,7 +246,7 @@ def test_where_triton_is_used_the_shifts_are_the_same(monkeypatch, updates):
     found = []
     for uses_triton in (False, True):
         for module in ("shifts", "step"):
-            monkeypatch.setattr(f"capo_rl.{module}.uses_triton", lambda _, answer=uses_triton: answer)
+            monkeypatch.setattr(f"capo_rl.curvature.{module}.uses_triton", lambda _, answer=uses_triton: answer)
         step = AdamStep(0.01, eps=1e-6)
         for _ in range(updates):
             step.update(row_gradient(case.layer, weights))

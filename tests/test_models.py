@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from capo_rl.models import ModelError, ModelSource, load_model, load_tokenizer, locate
+from capo_rl.runs.models import ModelError, ModelSource, load_model, load_tokenizer, locate
 
 
 def touch(folder, *names):
@@ -24,7 +24,7 @@ def test_a_hub_id_passes_through():
 
 
 def test_locating_imports_neither_torch_nor_transformers():
-    code = "import sys, capo_rl.models as m; m.locate('org/model'); sys.exit('torch' in sys.modules)"
+    code = "import sys, capo_rl.runs.models as m; m.locate('org/model'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

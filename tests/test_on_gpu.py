@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from capo_rl.kernels import triton
+from capo_rl.curvature.kernels import triton
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.py"
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.models import load_model, load_tokenizer
+from capo_rl.runs.models import load_model, load_tokenizer
 from conftest import SETTINGS
 from test_examples import EXAMPLES, example
 

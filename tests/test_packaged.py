@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from capo_rl.cli import main
-from capo_rl.packaged import first_line, packaged
-from capo_rl.recipe import RecipeError, read_recipe
-from capo_rl.recipe_file import find_recipe
+from capo_rl.settings.packaged import first_line, packaged
+from capo_rl.settings.recipe import RecipeError, read_recipe
+from capo_rl.settings.recipe_file import find_recipe
 
 ROOT = Path(__file__).parents[1]
 FILES = [
@@ -54,7 +54,8 @@ def test_the_wheel_has_the_recipes_the_benches_and_the_model(installed):
 def test_the_installed_command_finds_its_own_and_writes_to_the_folder_one_stands_in(installed, tmp_path):
     code = (
         "import sys\n"
-        "from capo_rl.bench import read_bench\nfrom capo_rl.cli import main\nfrom capo_rl.packaged import packaged\n"
+        "from capo_rl.testbed.bench import read_bench\nfrom capo_rl.cli import main\n"
+        "from capo_rl.settings.packaged import packaged\n"
         "bench = read_bench(packaged('experiments')['main'])\n"
         "assert bench.recipe.startswith(sys.argv[1]) and len(bench.arms) > 9, bench.recipe\n"
         "short = ['--max_steps', '1', '--save_strategy', 'no', '--dataset_limit', '32']\n"

@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from capo_rl import AdamStep, Head, Planner, Thresholds, TrustRegion
-from capo_rl.processes import Processes
-from capo_rl.trust_region import Steering, way_back
+from capo_rl.curvature.processes import Processes
+from capo_rl.planning.trust_region import Steering, way_back
 
 
 class Small:

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from capo_rl.planner import Planner
-from capo_rl.processes import Processes
-from capo_rl.selection import Thresholds
-from capo_rl.step import AdamStep, SGDStep
+from capo_rl.curvature.processes import Processes
+from capo_rl.curvature.selection import Thresholds
+from capo_rl.curvature.step import AdamStep, SGDStep
+from capo_rl.planning.planner import Planner
 
 D, V, N, STEPS = 5, 23, 12, 3
 

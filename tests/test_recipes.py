@@ -11,10 +11,10 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from capo_rl.cli import main
-from capo_rl.config import CAPOConfig
-from capo_rl.recipe import RecipeError, read_recipe, settings
-from capo_rl.recipe_file import first_look
-from capo_rl.train_help import GROUPS, train_help
+from capo_rl.settings.config import CAPOConfig
+from capo_rl.settings.recipe import RecipeError, read_recipe, settings
+from capo_rl.settings.recipe_file import first_look
+from capo_rl.settings.train_help import GROUPS, train_help
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = RECIPES / "qwen2.5_math_7b"

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from capo_rl.cli import main
-from capo_rl.plots import draw_comparison, draw_run
-from capo_rl.records import (
+from capo_rl.runs.plots import draw_comparison, draw_run
+from capo_rl.runs.records import (
     RunFolderError,
     check_folder,
     last_checkpoint,
@@ -123,7 +123,7 @@ def test_metrics_without_a_training_step_are_an_error(tmp_path):
 
 HOLDS = """
 import sys
-from capo_rl.records import sole_writer
+from capo_rl.runs.records import sole_writer
 with sole_writer(sys.argv[1]):
     print("here", flush=True)
     sys.stdin.read()

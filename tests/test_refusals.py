@@ -15,9 +15,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 
 from capo_rl import CAPOConfig, CAPOTrainer, MonitorCallback
-from capo_rl.models import check_head, locate
-from capo_rl.recipe import read_recipe
-from capo_rl.step import AdamStep
+from capo_rl.curvature.step import AdamStep
+from capo_rl.runs.models import check_head, locate
+from capo_rl.settings.recipe import read_recipe
 from conftest import make_model, wants_even_words
 from test_planner import TOLD
 from test_trust_region import REFUSED
@@ -215,5 +215,5 @@ def test_is_raised(build, tmp_path, monkeypatch, message):
 
 @pytest.mark.parametrize("message", sorted(WRITTEN))
 def test_stands_in_the_source(message):
-    source = "".join(path.read_text() for path in (ROOT / "src" / "capo_rl").glob("*.py"))
+    source = "".join(path.read_text() for path in (ROOT / "src" / "capo_rl").rglob("*.py"))
     assert message in re.sub(r'"\s*f?"', "", source)

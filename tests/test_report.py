@@ -11,8 +11,8 @@ import pytest
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from capo_rl.records import RunFolderError, start_run, summarize, write_json, write_metrics
-from capo_rl.report import ReportError, write_report
+from capo_rl.pages.report import ReportError, write_report
+from capo_rl.runs.records import RunFolderError, start_run, summarize, write_json, write_metrics
 from chromium import browser, needs_browser
 
 HOSTILE = "<script>alert('x')</script>"

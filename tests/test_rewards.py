@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from capo_rl import CAPOConfig, CAPOTrainer
-from capo_rl.rewards import guarded
+from capo_rl.rewards.guarded import guarded
 
 
 def test_results_pass_through():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from capo_rl import AdamStep
-from capo_rl.last_layer import LastLayer, last_layer
-from capo_rl.rivals import RIVALS, rival
-from capo_rl.shifts import Shifts, shifts_along, token_direction
+from capo_rl.curvature.last_layer import LastLayer, last_layer
+from capo_rl.curvature.shifts import Shifts, shifts_along, token_direction
+from capo_rl.testbed.rivals import RIVALS, rival
 
 
 def tokens(n: int = 200, vocabulary: int = 20, seed: int = 0) -> tuple[LastLayer, torch.Tensor, Shifts, torch.Tensor]:

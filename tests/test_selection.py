@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capo_rl import AdamStep, SGDStep, Shifts, Thresholds, select, token_shifts
-from capo_rl.last_layer import last_layer
-from capo_rl.selection import penalised, soft_weights, translated
-from capo_rl.shifts import shifts_along, token_direction
+from capo_rl.curvature.last_layer import last_layer
+from capo_rl.curvature.selection import penalised, soft_weights, translated
+from capo_rl.curvature.shifts import shifts_along, token_direction
 
 NAN, INF = float("nan"), float("inf")
 

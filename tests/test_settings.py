@@ -15,11 +15,11 @@ import pytest
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from capo_rl import CAPOConfig
-from capo_rl.checkpoints import CheckpointError, WholeCheckpoints, checkpoints
-from capo_rl.fields import NEEDS, NOT_HERE, RANGES
-from capo_rl.recipe import RecipeError, read_recipe
-from capo_rl.records import RunFolderError
-from capo_rl.train import make_trainer, train
+from capo_rl.runs.records import RunFolderError
+from capo_rl.settings.fields import NEEDS, NOT_HERE, RANGES
+from capo_rl.settings.recipe import RecipeError, read_recipe
+from capo_rl.trainers.checkpoints import CheckpointError, WholeCheckpoints, checkpoints
+from capo_rl.trainers.train import make_trainer, train
 from conftest import WORDS
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
@@ -128,7 +128,7 @@ def test_every_field_that_is_named_is_a_field():
 
     from trl import ModelConfig
 
-    from capo_rl.recipe import DataConfig
+    from capo_rl.settings.recipe import DataConfig
 
     known = {each.name for section in (DataConfig, ModelConfig, CAPOConfig) for each in fields(section)}
     # of this version of TRL: an older one may lack some
@@ -195,10 +195,10 @@ def test_going_on_without_an_optimizer_is_told_before_and_refused_with_the_way_o
     def stop(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("capo_rl.train.Record.on_step_begin", stop, raising=False)
+    monkeypatch.setattr("capo_rl.trainers.train.Record.on_step_begin", stop, raising=False)
     with caplog.at_level(logging.WARNING), pytest.raises(SystemExit):
         train(short(tmp_path / "run", "--save_only_model", "true"))
-    said = [each.getMessage() for each in caplog.records if each.name == "capo_rl.train"]
+    said = [each.getMessage() for each in caplog.records if each.name == "capo_rl.trainers.train"]
     assert "save_only_model: true writes checkpoints that no run can go on from" in said[0]
     assert "step 1 is in its checkpoint, and its weights are what is left" in said[-1]
     with pytest.raises(CheckpointError, match=r"save_only_model: true .*give it as model_name_or_path"):

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capo_rl import AdamStep, SGDStep, Thresholds
-from capo_rl import planner as planning
-from capo_rl.last_layer import last_layer, support_rows
-from capo_rl.planner import Planner
-from capo_rl.share import Share, squared_norms
+from capo_rl.curvature.last_layer import last_layer, support_rows
+from capo_rl.planning import planner as planning
+from capo_rl.planning.planner import Planner
+from capo_rl.planning.share import Share, squared_norms
 
 
 def dense_gradient(hidden, logits, actions, weights, temperature):

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capo_rl import AdamStep, SGDStep, Shifts, reference, subset_shifts, token_shifts
-from capo_rl.last_layer import last_layer, row_gradient
-from capo_rl.shifts import sgd_token_shifts, shifts_along, subset_direction, token_direction
+from capo_rl import AdamStep, SGDStep, Shifts, subset_shifts, token_shifts
+from capo_rl.curvature import reference
+from capo_rl.curvature.last_layer import last_layer, row_gradient
+from capo_rl.curvature.shifts import sgd_token_shifts, shifts_along, subset_direction, token_direction
 
 LR = 0.03
 BETAS = (0.9, 0.99)
@@ -268,7 +269,7 @@ def test_shifts_of_no_tokens_are_empty():
 _PEAK_MEMORY = """
 import resource, torch
 from capo_rl import AdamStep, token_shifts
-from capo_rl.last_layer import last_layer, row_gradient
+from capo_rl.curvature.last_layer import last_layer, row_gradient
 
 tokens, vocabulary, d, k = 2048, 49_152, 576, 50
 generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from capo_rl import AdamStep, SGDStep
-from capo_rl.last_layer import LastLayer, last_layer, row_gradient, support_rows
+from capo_rl.curvature.last_layer import LastLayer, last_layer, row_gradient, support_rows
 
 
 def tokens(seed: int, n: int = 5, d: int = 3, vocabulary: int = 40, top_k: int | None = 4) -> LastLayer:

@@ -9,8 +9,8 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from capo_rl import CAPOTrainer
-from capo_rl.step import AdamStep, SGDStep
-from capo_rl.step_model import fit_of_class, fit_of_name, fit_of_optimizer
+from capo_rl.curvature.step import AdamStep, SGDStep
+from capo_rl.curvature.step_model import fit_of_class, fit_of_name, fit_of_optimizer
 from conftest import make_model
 
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2, "max_steps": 2}

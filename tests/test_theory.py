@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
-from capo_rl import theory, theory_checks
-from capo_rl.theory import MDP, Setting
+from capo_rl.theory import checks as theory_checks
+from capo_rl.theory import guarantee as theory
+from capo_rl.theory.guarantee import MDP, Setting
 
 SETTINGS = [Setting(gamma=0.0), Setting(gamma=0.2), Setting(gamma=0.9), Setting(horizon=2), Setting(horizon=5)]
 by_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)

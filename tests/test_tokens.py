@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capo_rl import CAPOConfig
-from capo_rl.tokens import Rejections, StepTokens, most_rejected, read_step, recorded_steps, write_step
+from capo_rl.runs.tokens import Rejections, StepTokens, most_rejected, read_step, recorded_steps, write_step
 
 # Bounds that reject some of the tiny model's tokens and keep others.
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from capo_rl.records import read_metrics
+from capo_rl.runs.records import read_metrics
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
 SHORT = ["--max_steps", "8", "--dataset_limit", "64", "--save_steps", "2"]

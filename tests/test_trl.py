@@ -176,7 +176,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
 def test_measured_kl_is_the_same_through_the_scoring_of_trl(build, monkeypatch, sample):
     """As where the model is in shards, and only its wrapper can run it."""
     own = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
-    monkeypatch.setattr("capo_rl.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
     scored = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
     assert [entry["capo/kl/measured"] for entry in own] == [entry["capo/kl/measured"] for entry in scored]
     assert own[0]["capo/kl/measured"] > 0
@@ -871,7 +871,7 @@ def test_kl_is_measured_with_the_random_numbers_of_the_loss(build, kind, more):
 
 
 def test_kl_is_measured_with_the_random_numbers_of_the_loss_through_the_scoring_of_trl(build, monkeypatch):
-    monkeypatch.setattr("capo_rl.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
     test_kl_is_measured_with_the_random_numbers_of_the_loss(build, "attention_dropout", {})
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capo_rl import TrustRegion
-from capo_rl.trust_region import (
+from capo_rl.planning.trust_region import (
     _MEMORY,
     Backtracking,
     CopiedStep,

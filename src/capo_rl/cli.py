@@ -183,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 class _TrainHelp(argparse.Action):
     def __call__(self, *_: Any) -> None:
-        from capo_rl.train_help import train_help
+        from capo_rl.settings.train_help import train_help
 
         print(train_help(), end="")
         raise SystemExit(0)
@@ -213,12 +213,12 @@ def _train(options: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft|accelerate)\.")
 
     if {"-h", "--help"} & set(options.overrides):
-        from capo_rl.train_help import train_help
+        from capo_rl.settings.train_help import train_help
 
         print(train_help(options.recipe), end="")
         return
 
-    from capo_rl.recipe_file import find_recipe, first_look
+    from capo_rl.settings.recipe_file import find_recipe, first_look
 
     named, options.recipe = options.recipe, find_recipe(options.recipe)
     if "--help-all" in options.overrides:
@@ -226,15 +226,15 @@ def _train(options: argparse.Namespace) -> None:
     else:
         first_look(options.recipe, options.overrides)
 
-    from capo_rl.recipe import read_recipe
+    from capo_rl.settings.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
 
-    from capo_rl.train import train
+    from capo_rl.trainers.train import train
 
     summary = train(recipe)
     if summary:
-        from capo_rl.closing import closing
+        from capo_rl.pages.closing import closing
 
         rows, following = closing(recipe, named)
         _show(summary, recipe.training.output_dir, rows)
@@ -244,8 +244,8 @@ def _train(options: argparse.Namespace) -> None:
 def _recipes(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from capo_rl.packaged import first_line, packaged
-    from capo_rl.recipe_file import RecipeError
+    from capo_rl.settings.packaged import first_line, packaged
+    from capo_rl.settings.recipe_file import RecipeError
 
     ours = packaged("recipes")
     if options.name is None:
@@ -271,12 +271,12 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     from pathlib import Path
 
-    from capo_rl.recipe_file import find_recipe, first_look
+    from capo_rl.settings.recipe_file import find_recipe, first_look
 
     options.recipe = find_recipe(options.recipe)
     first_look(options.recipe, options.overrides)
 
-    from capo_rl.calibrate import calibrate
+    from capo_rl.trainers.calibrate import calibrate
 
     target = {"rejection_rate": options.rejection_rate, "kl_nats": options.kl_nats}
     if set(target.values()) == {None}:
@@ -291,8 +291,8 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from capo_rl.bench import quick, read_bench, run_bench
-    from capo_rl.packaged import packaged
+    from capo_rl.settings.packaged import packaged
+    from capo_rl.testbed.bench import quick, read_bench, run_bench
 
     path = Path(options.name)
     if not path.is_file() and not options.name.endswith(".yaml"):
@@ -309,8 +309,8 @@ def _eval(options: argparse.Namespace) -> None:
     import re
     from pathlib import Path
 
-    from capo_rl.benchmarks import BENCHMARKS
-    from capo_rl.evaluate import Settings, compare, evaluate, read_evaluation, read_settings, summarize
+    from capo_rl.evaluation.benchmarks import BENCHMARKS
+    from capo_rl.evaluation.evaluate import Settings, compare, evaluate, read_evaluation, read_settings, summarize
 
     names = list(BENCHMARKS) if "all" in options.benchmarks else options.benchmarks
     settings = Settings(
@@ -340,7 +340,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _regrade(options: argparse.Namespace) -> None:
-    from capo_rl.evaluate import read_evaluation, regrade, summarize
+    from capo_rl.evaluation.evaluate import read_evaluation, regrade, summarize
 
     done = regrade(options.folder)
     _show_evaluation(summarize(read_evaluation(options.folder)), options.folder)
@@ -360,8 +360,8 @@ def _regrade(options: argparse.Namespace) -> None:
 def _plot(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from capo_rl.plots import draw_comparison, draw_run
-    from capo_rl.records import read_metrics
+    from capo_rl.runs.plots import draw_comparison, draw_run
+    from capo_rl.runs.records import read_metrics
 
     named = [run.partition("=")[::2] if "=" in run else (Path(run).name, run) for run in options.runs]
     runs = {name: read_metrics(folder) for name, folder in named}
@@ -376,23 +376,23 @@ def _plot(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from capo_rl.report import write_report
+    from capo_rl.pages.report import write_report
 
     if not (Path(options.folder) / "run.json").exists():
-        from capo_rl.figures import draw_results
+        from capo_rl.testbed.figures import draw_results
 
         draw_results(options.folder)
     print(write_report(options.folder, options.out))
 
 
 def _explain(options: argparse.Namespace) -> None:
-    from capo_rl.explain import write_explanation
+    from capo_rl.pages.explain import write_explanation
 
     print(write_explanation(options.folder, options.step, options.out))
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from capo_rl.doctor import diagnose, environment, read_log
+    from capo_rl.pages.doctor import diagnose, environment, read_log
 
     if options.path is None or options.versions:
         for name, value in environment().items():
@@ -504,17 +504,17 @@ def _interval(low: float, high: float, sign: str = "") -> str:
 def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {
-        "capo_rl.recipe_file": "RecipeError",
-        "capo_rl.calibrate": "CalibrationError",
-        "capo_rl.data": "DataError",
-        "capo_rl.doctor": "DoctorError",
-        "capo_rl.models": "ModelError",
-        "capo_rl.records": "RunFolderError",
-        "capo_rl.bench": "BenchError",
-        "capo_rl.report": "ReportError",
-        "capo_rl.explain": "ExplainError",
-        "capo_rl.benchmarks": "BenchmarkError",
-        "capo_rl.evaluate": "EvaluationError",
+        "capo_rl.settings.recipe_file": "RecipeError",
+        "capo_rl.trainers.calibrate": "CalibrationError",
+        "capo_rl.runs.data": "DataError",
+        "capo_rl.pages.doctor": "DoctorError",
+        "capo_rl.runs.models": "ModelError",
+        "capo_rl.runs.records": "RunFolderError",
+        "capo_rl.testbed.bench": "BenchError",
+        "capo_rl.pages.report": "ReportError",
+        "capo_rl.pages.explain": "ExplainError",
+        "capo_rl.evaluation.benchmarks": "BenchmarkError",
+        "capo_rl.evaluation.evaluate": "EvaluationError",
     }
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 

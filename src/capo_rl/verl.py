@@ -45,13 +45,13 @@ except ImportError as error:
         "how to install it beside TRL is in docs/verl.md"
     ) from error
 
-from capo_rl.last_layer import logit_rows
-from capo_rl.models import check_head
-from capo_rl.planner import MicroBatch, Planner
-from capo_rl.processes import Processes
-from capo_rl.records import written_whole
-from capo_rl.selection import Thresholds, accepted_mean, check_bounds
-from capo_rl.step import AdamStep, SGDStep
+from capo_rl.curvature.last_layer import logit_rows
+from capo_rl.curvature.processes import Processes
+from capo_rl.curvature.selection import Thresholds, accepted_mean, check_bounds
+from capo_rl.curvature.step import AdamStep, SGDStep
+from capo_rl.planning.planner import MicroBatch, Planner
+from capo_rl.runs.models import check_head
+from capo_rl.runs.records import written_whole
 
 # Wherever TRL is installed, verl's FSDP engine changes a method of a class that TRL 1.16 no longer has: an empty one.
 _trl = importlib.util.find_spec("trl")

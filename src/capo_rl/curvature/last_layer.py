@@ -1,0 +1,326 @@
+"""The model of the last layer: from hidden states and logits to (h, support, π, u) at each token.
+
+Logits are z = W h / T, the policy is π = softmax(z), and for a sampled token a the score of W is u hᵀ with
+u = (e_a − π) / T (Eq. 7, 33; the paper has T = 1). Everything the curvature model needs of a token is its hidden
+state and these few numbers; W itself is never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from capo_rl.curvature.processes import Processes
+
+# Elements of the largest temporary: small enough for a CPU's cache, large enough to fill a GPU.
+_TILE = {"cpu": 2**19}
+_TILE_ELSEWHERE = 2**24
+
+# On a CPU, up to so many rows of the vocabulary for each one wanted, numpy's quickselect takes less time than torch's
+# search, whose time grows with k: at V = 500 and k = 50 a third.
+_QUICKSELECT = 512
+
+# With at most so many rows for each row of a support, a product of all rows with all tokens beats a gather for each
+# entry: on a CPU one of the gather's costs about as much as 20 of the product's.
+SHARED_ROWS = 16
+
+
+def tile_elements(device: torch.device) -> int:
+    """How many elements a temporary may have on `device`."""
+    return _TILE.get(device.type, _TILE_ELSEWHERE)
+
+
+def tile_rows(width: int, device: torch.device) -> int:
+    """How many rows of `width` elements a temporary on `device` may have."""
+    return max(1, tile_elements(device) // max(1, width))
+
+
+def logit_rows(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits may exist at once on `device`.
+
+    Working copies of a block (its float form, its exponentials) stay a small part of the input, and with a small
+    vocabulary in the cache.
+    """
+    tile = tile_elements(device)
+    return max(1, min(8 * tile // max(1, vocabulary), tile // 2048))
+
+
+def tiles(tokens: int, k: int, d: int, budget: int) -> tuple[int, int]:
+    """How many tokens and how many columns fit in [block, k, width] of `budget` elements."""
+    width = max(1, min(d, budget // max(1, k)))
+    return max(1, min(tokens, budget // max(1, k * width))), width
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are taken in: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class LastLayer:
+    """The last layer at N tokens, on the k vocabulary rows that carry probability there.
+
+    hidden [N, d]      h, the input of the output head
+    support [N, k]     vocabulary rows: the top k of π and the sampled token (Section 4.1), or all of them
+    pi [N, k]          π on the support
+    u [N, k]           (e_a − π) / T on the support
+    missing_mass [N]   1 − Σ_support π: the probability the support leaves out
+    log_pi_a [N]       log π(a)
+    temperature        T
+    """
+
+    hidden: Tensor
+    support: Tensor
+    pi: Tensor
+    u: Tensor
+    missing_mass: Tensor
+    log_pi_a: Tensor
+    temperature: float
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def __getitem__(self, tokens: Tensor) -> LastLayer:
+        """The same model at some of the tokens: a boolean mask or indices [M]."""
+        return LastLayer(
+            self.hidden[tokens],
+            self.support[tokens],
+            self.pi[tokens],
+            self.u[tokens],
+            self.missing_mass[tokens],
+            self.log_pi_a[tokens],
+            self.temperature,
+        )
+
+    @staticmethod
+    def cat(layers: list[LastLayer]) -> LastLayer:
+        """The tokens of several models after one another. All share one support size and temperature."""
+        return LastLayer(
+            torch.cat([layer.hidden for layer in layers]),
+            torch.cat([layer.support for layer in layers]),
+            torch.cat([layer.pi for layer in layers]),
+            torch.cat([layer.u for layer in layers]),
+            torch.cat([layer.missing_mass for layer in layers]),
+            torch.cat([layer.log_pi_a for layer in layers]),
+            layers[0].temperature,
+        )
+
+
+def check_tokens(hidden: Tensor, actions: Tensor, advantages: Tensor, temperature: float) -> None:
+    """Raises `ValueError` where the shapes or the temperature cannot be those of N tokens."""
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: flatten it to [N, d]")
+    for name, tensor in (("actions", actions), ("advantages", advantages)):
+        if tensor.shape != hidden.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; hidden has {len(hidden)} tokens: give [N]")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0: the model differentiates the sampled softmax")
+
+
+def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """The logits a few rows at a time, each with the tokens it belongs to.
+
+    A tensor [N, V] is cut into blocks of bounded size; an iterable of [n, V] tensors, whose rows follow one another,
+    is taken as it comes, so that a caller who projects on the fly never holds [N, V].
+
+    Raises `ValueError` if the rows do not add up to the number of tokens.
+    """
+    if isinstance(logits, Tensor):
+        logits = logits.split(logit_rows(logits.shape[-1], logits.device))
+    start = 0
+    for chunk in logits:
+        stop = start + len(chunk)
+        if stop > tokens:
+            raise ValueError(f"logits have more rows than there are tokens: {stop} for {tokens}")
+        yield slice(start, stop), chunk
+        start = stop
+    if start != tokens:
+        raise ValueError(f"logits have fewer rows than there are tokens: {start} for {tokens}")
+
+
+def last_layer(
+    hidden: Tensor, logits: Tensor, actions: Tensor, *, temperature: float = 1.0, top_k: int | None = None
+) -> LastLayer:
+    """The last layer at N tokens on its support: the `top_k` likeliest rows and the sampled one.
+
+    hidden [N, d], logits [N, V] before temperature, actions [N]. With `top_k` None or at least V the support is
+    the whole vocabulary. Otherwise it has k + 1 columns; where the sampled token is among the top k already, its
+    second entry carries π = u = 0, which adds nothing to any sum.
+    """
+    vocabulary = logits.shape[-1]
+    z = logits.to(compute_dtype(logits.dtype)) / temperature
+    k = vocabulary if top_k is None else min(top_k, vocabulary)
+    whole = k == vocabulary
+    if whole:
+        top, support = z, torch.arange(vocabulary, device=z.device).expand(len(z), -1)
+    else:
+        top, support = likeliest(z, k)
+    z_action = z.gather(1, actions[:, None]).squeeze(1)
+    return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole)
+
+
+def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of z [N, V] and their columns, [N, k] each, in no order; a NaN is larger than all.
+
+    >>> likeliest(torch.tensor([[1.0, 3.0, 2.0]]), 1)
+    (tensor([[3.]]), tensor([[1]]))
+    """
+    vocabulary = z.shape[-1]
+    if z.device.type == "cpu" and k and vocabulary < _QUICKSELECT * k:
+        ranked = np.argpartition(z.detach().numpy(), vocabulary - k, axis=-1)
+        support = torch.from_numpy(ranked[:, vocabulary - k :].copy())
+        return z.gather(-1, support), support
+    top, support = z.topk(k, dim=-1, sorted=False)
+    return top, support
+
+
+def on_support(
+    hidden: Tensor,
+    support: Tensor,
+    top: Tensor,
+    z_action: Tensor,
+    log_normaliser: Tensor,
+    actions: Tensor,
+    temperature: float,
+    whole: bool,
+) -> LastLayer:
+    """The last layer from the logits over T at the likeliest rows, at the action, and log Σ exp of them all.
+
+    support and top [N, k]: the k likeliest rows, or with `whole` all of them, and their logits; the others [N].
+    """
+    pi = (top - log_normaliser[:, None]).exp_()
+    is_action = support == actions[:, None]
+    if whole:
+        # Over the whole vocabulary what is left is rounding, not missing mass.
+        missing_mass = pi.new_zeros(len(pi))
+    else:
+        repeated = is_action.any(-1, keepdim=True)
+        pi_action = (z_action - log_normaliser).exp_()[:, None].where(~repeated, 0)
+        support = torch.cat([support, actions[:, None]], dim=-1)
+        pi = torch.cat([pi, pi_action], dim=-1)
+        is_action = torch.cat([is_action, ~repeated], dim=-1)
+        missing_mass = (1 - pi.sum(-1)).clamp(min=0)
+    # 1 − π_a as the mass of all others: for a token that is almost certain the difference would be all rounding.
+    others = pi.where(~is_action, 0).sum(-1) + missing_mass
+    return LastLayer(
+        hidden=hidden,
+        support=support,
+        pi=pi,
+        u=torch.where(is_action, others[:, None], -pi) / temperature,
+        missing_mass=missing_mass,
+        log_pi_a=z_action - log_normaliser,
+        temperature=temperature,
+    )
+
+
+@dataclass(frozen=True)
+class SupportRows:
+    """Which vocabulary rows the tokens of each subset support: one sort, shared by every gradient over these tokens.
+
+    rows [P]      the vocabulary row of each (subset, row) pair that some token of the subset supports
+    pair [N, k]   which pair a token's support entry belongs to
+    order [N·k]   the support entries sorted by pair, and start [P + 1], where each pair begins among them
+    processes     whose tokens these are: this one's own (None), or its share of those of several
+    """
+
+    rows: Tensor
+    pair: Tensor
+    order: Tensor
+    start: Tensor
+    processes: Processes | None = None
+
+    def over(self, processes: Processes) -> SupportRows:
+        """The rows of one subset of tokens that is spread over several processes; those of others have no entry here.
+
+        Collective, and so is every `RowGradient.part` on what it returns.
+        """
+        if processes.count == 1:
+            return self
+        rows = processes.union(self.rows)
+        at = torch.searchsorted(rows, self.rows)
+        counts = self.start.new_zeros(len(rows)).index_copy_(0, at, self.start.diff())
+        start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return SupportRows(rows, at[self.pair], self.order, start, processes)
+
+
+def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows:
+    """The rows of each subset of tokens; subsets [N] holds each token's subset number, None means one of all tokens."""
+    key = layer.support
+    vocabulary = 0
+    if subsets is not None and key.numel():
+        vocabulary = int(key.max()) + 1
+        key = key + vocabulary * subsets[:, None]
+    ascending, order = _sorted(key.flatten())
+    pairs, inverse, counts = torch.unique_consecutive(ascending, return_inverse=True, return_counts=True)
+    pair = torch.empty_like(order).scatter_(0, order, inverse).view_as(key)
+    start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SupportRows(pairs % vocabulary if vocabulary else pairs, pair, order, start)
+
+
+def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of 0 or more [N], ascending, and where each was; equal ones keep their order."""
+    if keys.device.type == "cpu" and keys.numel() and int(keys.max()) < 2**16:
+        # Numpy sorts 16 bits by their digits, in a third of the time that torch takes.
+        order = torch.from_numpy(np.argsort(keys.numpy().astype(np.uint16), kind="stable"))
+        return keys[order], order
+    return keys.sort(stable=True)
+
+
+@dataclass(frozen=True)
+class RowGradient:
+    """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few rows at a time.
+
+    rows [P]         the vocabulary row of each pair of `SupportRows`
+    start [P + 1]    where each pair begins among the entries
+    tokens [N·k]     the token i of each entry, and values [N·k], its w_i u_ij
+    hidden [N, d]
+    processes        over which the sum over i runs; None for this one alone
+    """
+
+    rows: Tensor
+    start: Tensor
+    tokens: Tensor
+    values: Tensor
+    hidden: Tensor
+    processes: Processes | None = None
+
+    def part(self, pairs: slice) -> Tensor:
+        """The gradient at some of the pairs, [P', d]."""
+        own = self._own(pairs)
+        return own if self.processes is None else self.processes.total(own)
+
+    def _own(self, pairs: slice) -> Tensor:
+        start = self.start[pairs.start : pairs.stop + 1]
+        entries = slice(int(start[0]), int(start[-1]))
+        # A bag of tokens for each row: on a CPU several times as fast as a product with a sparse matrix.
+        return functional.embedding_bag(
+            self.tokens[entries],
+            self.hidden.to(self.values.dtype),
+            start - start[0],
+            mode="sum",
+            per_sample_weights=self.values[entries],
+            include_last_offset=True,
+        )
+
+
+def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = None) -> RowGradient:
+    """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
+
+    weights [N]; `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
+    entries a subset; this keeps the N·k weights and lets the caller take a few rows.
+    """
+    rows = support_rows(layer) if rows is None else rows
+    values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()[rows.order]
+    tokens = rows.order // max(1, layer.support.shape[1])
+    return RowGradient(rows.rows, rows.start, tokens, values, layer.hidden, rows.processes)
+
+
+def blocks(length: int, size: int, first: int = 0) -> Iterator[slice]:
+    """The numbers from `first` to `length` in slices of at most `size`."""
+    for start in range(first, length, size):
+        yield slice(start, min(start + size, length))

@@ -1,0 +1,187 @@
+"""The optimizer's planned step on the last layer: ΔW = U, for SGD and for Adam (Section 4.1, "Modeling the Step")."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capo_rl.curvature.kernels import uses_triton
+from capo_rl.curvature.kernels.adam_shifts import Adam, adam_direction, momentum_direction, square_root
+from capo_rl.curvature.kernels.moment_update import fused_update_moments, update_moments
+from capo_rl.curvature.last_layer import SHARED_ROWS, RowGradient
+
+
+@dataclass
+class SGDStep:
+    """Gradient ascent, U = α g.
+
+    >>> SGDStep(lr=0.5).plan(torch.ones(1, 2), torch.tensor([0]))
+    tensor([[0.5000, 0.5000]])
+    """
+
+    lr: float
+
+    def plan(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """The step on some rows of W, given the gradient there."""
+        return self.lr * gradient
+
+    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+        """v = U h = α ‖h‖² score [N, k] for each token's own gradient score hᵀ; score [N, k], hidden [N, d]."""
+        return self.lr * hidden.to(score.dtype).square().sum(-1, keepdim=True) * score
+
+    def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
+        """Nothing: SGD has no memory."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"SGDStep has no state, but was given {sorted(state)}: the run used another step model")
+
+
+class AdamStep:
+    """Adam's ascent step U = α p̂ / (√q̂ + ε), with moments (P, Q) kept for the vocabulary rows seen so far.
+
+    For a gradient g the planned moments are p = β₁P + (1−β₁)g and q = β₂Q + (1−β₂)g², elementwise, bias-corrected
+    for the step to come (Kingma & Ba, 2015). `torch.optim.Adam` adds ε outside the root, and so does this; the
+    paper's line has it inside. A row that no gradient has touched has P = Q = 0 and takes no memory.
+
+    Planning changes nothing; `update` advances the moments, once per optimizer step. `moment_dtype=torch.bfloat16`
+    halves their memory; by default they have the gradient's dtype.
+    """
+
+    def __init__(
+        self,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        moment_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must lie in [0, 1)")
+        if not eps > 0:
+            raise ValueError(f"eps={eps} must be above 0: a row without history would step by 0/0")
+        if moment_dtype not in (None, torch.bfloat16):
+            raise ValueError(f"moment_dtype={moment_dtype}: None or torch.bfloat16; float16 has no room for squares")
+        self.lr, self.betas, self.eps, self.moment_dtype = lr, betas, eps, moment_dtype
+        self.steps = 0
+        # Slot 0 is a row of zeros that every untouched vocabulary row points to; behind the last used slot is room.
+        self._slot = torch.zeros(0, dtype=torch.long)
+        self._used = 1
+        self._p = self._q = torch.zeros(1, 0)
+
+    @property
+    def planned(self) -> Adam:
+        """The scalars of the step to come."""
+        root2 = math.sqrt(1 - self.betas[1] ** (self.steps + 1))
+        return Adam(self.lr * root2 / (1 - self.betas[0] ** (self.steps + 1)), *self.betas, root2 * self.eps)
+
+    @property
+    def rows(self) -> Tensor:
+        """The vocabulary rows that have moments, [R], ascending."""
+        return self._slot.nonzero().squeeze(1)
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """P and Q at `rows` [R]: two [R, d] tensors, zero for rows never touched."""
+        slots = self.slots(rows)
+        return self._p.index_select(0, slots), self._q.index_select(0, slots)
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """Where the moments of `rows` are stored; 0 for a row never touched."""
+        known = len(self._slot)
+        if not known:
+            return torch.zeros_like(rows)
+        return self._slot[rows.clamp(max=known - 1)].where(rows < known, 0)
+
+    def storage(self, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """P and Q as they are stored, [slots, width], where `slots` points to; a row of zeros before any update."""
+        if self._p.shape[1]:
+            return self._p[: self._used], self._q[: self._used]
+        zeros = like.new_zeros(1, width)
+        return zeros, zeros
+
+    def plan(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        """The step on some rows of W, given the gradient there; gradient [P, d] and rows [P]."""
+        adam = self.planned
+        if self.steps:
+            gradient = gradient.to(torch.promote_types(gradient.dtype, self._p.dtype))
+            p, q = (moment.to(gradient.dtype) for moment in self.moments(rows))
+            p.lerp_(gradient, 1 - adam.beta1)
+            q.lerp_(gradient.square(), 1 - adam.beta2)
+        else:
+            p = (1 - adam.beta1) * gradient
+            q = gradient.square().mul_(1 - adam.beta2)
+        return p.div_(square_root(q).add_(adam.eps)).mul_(adam.lr)
+
+    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+        """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d]."""
+        p, q = self.storage(hidden.shape[1], score)
+        slots = self.slots(rows)
+        if len(p) > SHARED_ROWS * rows.shape[1] or (own := score.any(dim=-1)).all():
+            return adam_direction(score, hidden, slots, p, q, self.planned)
+        v = torch.empty_like(score)
+        v[own] = adam_direction(score[own], hidden[own], slots[own], p, q, self.planned)
+        v[~own] = momentum_direction(hidden[~own], slots[~own], p, q, self.planned).to(v.dtype)
+        return v
+
+    def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
+        """Advance the moments by one optimizer step with `scale` times the gradient of the loss's accepted tokens.
+
+        The gradient is that of the objective (ascent), under the loss's own weights; `scale` is the factor of
+        gradient clipping. Rows the gradient does not name have a gradient of zero, so their moments decay.
+        """
+        rows = gradient.rows
+        if (rows.diff() <= 0).any():
+            raise ValueError("the gradient has several subsets: the moments follow that of the whole batch")
+        self._grow(rows, gradient.hidden.shape[1], gradient.values)
+        p, q, slots = self._p[: self._used], self._q[: self._used], self.slots(rows)
+        if uses_triton(p) and p.dtype == torch.float32 and gradient.processes is None:
+            fused_update_moments(p, q, slots, gradient, scale, self.betas)
+        else:
+            update_moments(p, q, slots, gradient, scale, self.betas, seed=self.steps)
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments by row, in the order they are stored in, and the number of steps, as tensors."""
+        rows = self.rows
+        rows = rows[self._slot[rows].argsort()]
+        p, q = self.moments(rows)
+        return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave; bit for bit."""
+        missing = {"rows", "p", "q", "steps"} - set(state)
+        if missing:
+            raise ValueError(f"the state of an AdamStep lacks {sorted(missing)}: the run used another step model")
+        rows, p, q = state["rows"], state["p"], state["q"]
+        self.steps = int(state["steps"])
+        self._slot = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.long, device=rows.device)
+        self._slot[rows] = torch.arange(1, len(rows) + 1, device=rows.device)
+        dtype = self.moment_dtype or p.dtype
+        self._p = torch.cat([p.new_zeros(1, p.shape[1]), p]).to(dtype)
+        self._q = torch.cat([q.new_zeros(1, q.shape[1]), q]).to(dtype)
+        self._used = len(self._p)
+
+    def _grow(self, rows: Tensor, width: int, like: Tensor) -> None:
+        """Make room for the rows that are new, and at least as much as there was, so that copies stay rare."""
+        if not self._p.shape[1]:
+            self._p = torch.zeros(1, width, dtype=self.moment_dtype or like.dtype, device=like.device)
+            self._q = torch.zeros_like(self._p)
+            self._slot = self._slot.to(like.device)
+        if not len(rows):
+            return
+        if int(rows[-1]) >= len(self._slot):
+            room = self._slot.new_zeros(int(rows[-1]) + 1 - len(self._slot))
+            self._slot = torch.cat([self._slot, room])
+        new = rows[self._slot[rows] == 0]
+        stop = self._used + len(new)
+        self._slot[new] = torch.arange(self._used, stop, device=rows.device)
+        if stop > len(self._p):
+            room = self._p.new_zeros(max(stop, 2 * self._used) - self._used, width)
+            self._p = torch.cat([self._p[: self._used], room])
+            self._q = torch.cat([self._q[: self._used], room])
+        self._used = stop

@@ -1,0 +1,1 @@
+"""`capo eval`: eight `benchmarks`, the `generation` of completions, and `evaluate`, which grades and counts them."""

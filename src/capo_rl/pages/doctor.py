@@ -1,0 +1,519 @@
+"""`capo doctor`: what became of a run, in words, from its logged figures alone; no model and no torch is loaded.
+
+Whether it collapsed is `statistics.collapsed` on its reward. What moved first is a rule on each figure's own past, over
+the observations before the collapse (of a run that lives, over all):
+
+    zₜ = (xₜ − median(x₁, …, xₖ)) / max(1.4826 · MAD(x₁, …, xₖ), least)        k: a third of them, and at least five
+
+A figure has moved at the first of three observations in a row with z > 5; entropy and length, which go wrong either
+way, with |z| > 5. `least` is 1 % of the median, and for the KL of an update 1e-3 nats, so that a rise from 1e-7 to
+1e-5 is none. How often it speaks in runs that die and in runs that live is in docs/doctor.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from capo_rl.planning.defaults import KL_BUDGET
+from capo_rl.runs.records import last_checkpoint, versions
+
+Entry = dict[str, float]
+Series = list[tuple[int, float]]
+
+
+class DoctorError(ValueError):
+    """Records that nothing can be said of; the message names the place and the fix."""
+
+
+class Figure(NamedTuple):
+    """A figure that may move before a run collapses: its names, by who logs it, and what counts as a move."""
+
+    title: str
+    names: tuple[str, ...]
+    falls: bool = False  # whether a fall is a move too
+    least: float = 0.0  # of the spread that z is measured in
+
+
+# TRL's names and ours; verl's beside them.
+REWARD = ("reward", "accuracy", "critic/rewards/mean")
+KL = ("capo/kl/measured", "actor/ppo_kl")
+LEARNING_RATE = ("learning_rate", "actor/lr")
+FIGURES = (
+    Figure("KL of the updates", KL, least=KL_BUDGET / 5),
+    Figure("entropy", ("entropy", "actor/entropy"), falls=True),
+    Figure("completion length", ("completions/mean_length", "completion_length", "response_length/mean"), falls=True),
+    Figure("gradient norm", ("grad_norm", "actor/grad_norm")),
+    Figure("m_F", ("capo/batch/m_f",)),
+)
+_SIGNIFICANT, _IN_A_ROW, _BASELINE = 5.0, 3, 5
+_FULL = 10  # rewards until the smoothed one spans as many as it should; of one more a fall can be seen
+_STARTED = 50  # steps after which the slow start is over for certain
+_LATE = 7  # rewards at zero that the smoothed one takes to halve
+
+_STEPS = ("global_step", "step", "_step")
+_RUNS = ("run_name", "run", "run_id")
+_BESIDE = ("tensorboard", "wandb", "trackio", "vllm", "deepspeed", "verl", "triton", "numpy", "antlr4-python3-runtime")
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run logged: its figures step by step, where they were read, and its settings where they are on record."""
+
+    source: Path
+    entries: list[Entry]
+    settings: Mapping[str, Any] | None = None
+
+    def series(self, names: Iterable[str]) -> Series:
+        """A figure at the steps that have it, under the first of its names that is there."""
+        for name in names:
+            if found := [(int(e["step"]), e[name]) for e in self.entries if math.isfinite(e.get(name, math.nan))]:
+                return found
+        return []
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field of `CAPOConfig` to give another value; None: leave it out, or it is not there."""
+
+    name: str
+    before: Any
+    after: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What became of a run: the step it collapsed at (None: it lives), what there is to say, what to try."""
+
+    collapsed: int | None
+    sentences: list[str]
+    changes: list[Change] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = list(self.sentences)
+        if self.changes:
+            lines.append("Try:")
+            for change in self.changes:
+                if change.before is not None:
+                    lines.append(f"-{change.name}: {_yaml(change.before)}")
+                if change.after is not None:
+                    lines.append(f"+{change.name}: {_yaml(change.after)}")
+                lines[-1] += f"    # {change.why}"
+        return "\n".join(lines)
+
+
+# ---- what it says ------------------------------------------------------------------------------------------------
+
+
+def diagnose(log: Log) -> Diagnosis:
+    """What became of a run, what moved first, how far its updates went, and what to change.
+
+    Raises `DoctorError` where that can't be told: too few rewards, none above zero, or negative ones.
+    """
+    from capo_rl.statistics import collapsed, smooth
+
+    name, rewards = _rewards(log)
+    curve = [reward for _, reward in rewards]
+    smoothed = smooth(curve)
+    at = collapsed(curve)
+    death = None if at is None else rewards[at][0]
+    top = max(range(_FULL - 1, len(curve)), key=lambda i: smoothed[i])
+    ends = f"it starts at {fmean(curve[:_FULL]):.3g}, is best at {smoothed[top]:.3g} (step {rewards[top][0]})"
+    ends += f" and ends at {smoothed[-1]:.3g}"
+    last = f"{len(curve):,} logged steps, the last is {rewards[-1][0]}"
+    if death is None:
+        sentences = [f"ALIVE ({last}): the smoothed {name} is not below half of its best for good; {ends}."]
+        late = fmean(curve[-_LATE:])
+        if late < smoothed[top] / 2:
+            sentences.append(
+                f"It may be dying: its last {_LATE} average {late:.3g}, and a fall takes the smoothed curve about as "
+                "many to show."
+            )
+    else:
+        sentences = [
+            f"COLLAPSED at step {death} ({last}): from there the smoothed {name} is below half of its best; {ends}. "
+            f"The fall itself began up to {_LATE} logged steps before."
+        ]
+    sentences.extend(_movement(log, death))
+    sentences.extend(_gradients(log))
+    kl = log.series(KL)
+    sentences.append(_length_of_updates(log, kl))
+    changes = _changes(log, death is not None, kl)
+    if death is not None and not changes:
+        sentences.append(
+            "Nothing to try of CAPO's: its updates stayed short, so look at the reward function, its failures and the "
+            "data first."
+        )
+    return Diagnosis(death, sentences, changes)
+
+
+def _rewards(log: Log) -> tuple[str, Series]:
+    """The reward that is judged and its name: an accuracy, where the reward goes below zero and one is logged."""
+    names = {name for entry in log.entries for name in entry}
+    accuracies = sorted(x for x in names if re.fullmatch(r"rewards/[\w./-]*accura[\w./-]*(?<!std)", x))
+    rewards: Series = []
+    for candidate in (*REWARD, *accuracies):
+        series = log.series([candidate])
+        rewards = rewards or series
+        if series and min(x for _, x in series) >= 0:
+            name, rewards = candidate, series
+            break
+    else:
+        if not rewards:
+            known = ", ".join(sorted(names - {"step"})[:8]) or "nothing"
+            raise DoctorError(f"{log.source}: no reward is logged there ({known!r}); it takes a figure named `reward`")
+        step, least = min(rewards, key=lambda pair: pair[1])
+        raise DoctorError(
+            f"{log.source}: the reward goes below zero ({least:.3g} at step {step}), where half of the best says "
+            "nothing; log an accuracy beside it"
+        )
+    if len(rewards) <= _FULL:
+        raise DoctorError(
+            f"{log.source}: {len(rewards)} logged step{'s' * (len(rewards) > 1)} with a reward, and a collapse shows "
+            f"in {_FULL + 1} or more; train on, or log each step (logging_steps: 1)"
+        )
+    if not any(x for _, x in rewards):
+        raise DoctorError(
+            f"{log.source}: no {name} is above zero in {len(rewards):,} logged steps, so there is nothing to lose yet; "
+            "look at completions and the reward function"
+        )
+    return name, rewards
+
+
+def moved(series: Series, falls: bool = False, least: float = 0.0) -> int | None:
+    """The step from which a figure is far out of the range of the first third of its observations, or None.
+
+    >>> calm = [(step, 1.0 + 0.01 * (step % 3)) for step in range(30)]
+    >>> moved(calm), moved(calm + [(30 + i, 2.0) for i in range(3)])
+    (None, 30)
+    """
+    first = max(_BASELINE, len(series) // 3)
+    base = [x for _, x in series[:first]]
+    centre = median(base) if base else 0.0
+    spread = max(1.4826 * median(abs(x - centre) for x in base) if base else 0.0, 0.01 * abs(centre), least)
+    row = 0
+    for i, (_, x) in enumerate(series[first:], first):
+        away = abs(x - centre) if falls else x - centre
+        row = row + 1 if away > _SIGNIFICANT * spread else 0
+        if row == _IN_A_ROW:
+            return series[i - _IN_A_ROW + 1][0]
+    return None
+
+
+def _movement(log: Log, death: int | None) -> Iterator[str]:
+    """What moved before the collapse, in order of time, and what can't be said."""
+    found, still, missing = [], [], []
+    for figure in FIGURES:
+        series = [(step, x) for step, x in log.series(figure.names) if death is None or step < death]
+        if not series:
+            missing.append(figure.title)
+        elif (step := moved(series, figure.falls, figure.least)) is None:
+            still.append(figure.title)
+        else:
+            before = median(x for _, x in series[: max(_BASELINE, len(series) // 3)])
+            now = median([x for at, x in series if at >= step][:_IN_A_ROW])
+            found.append((step, f"{figure.title} from step {step} ({before:.2g} → {now:.2g})"))
+    if found:
+        words = "; then ".join(text for _, text in sorted(found))
+        yield f"What moved first: {words}." if death is not None else f"Moved, and the reward held: {words}."
+    elif still:
+        yield "Nothing moved before the reward did." if death is not None else "Nothing else moved."
+    if still and found:
+        yield f"Did not move: {', '.join(still)}."
+    if missing:
+        yield f"Not logged: {', '.join(missing)}."
+
+
+def _gradients(log: Log) -> Iterator[str]:
+    skipped = [entry["capo/steps_skipped"] for entry in log.entries if entry.get("capo/steps_skipped", 0) > 0]
+    wrong = [int(e["step"]) for e in log.entries for name in FIGURES[3].names if not math.isfinite(e.get(name, 0.0))]
+    if wrong:
+        yield f"The gradient was not finite at {len(wrong):,} logged steps, first at {wrong[0]}."
+    if skipped:
+        yield f"Steps that were skipped: {max(skipped):,.0f} (docs/metrics.md says why that may be)."
+
+
+def _length_of_updates(log: Log, kl: Series) -> str:
+    """How far the updates went, against the budget where it is known."""
+    if not kl:
+        return (
+            'How far its updates went is not on record: capo_mode="monitor", or MonitorCallback on a stock '
+            "GRPOTrainer, measures it and changes nothing."
+        )
+    budget, whose = _budget(log), "its budget"
+    if budget is None:
+        budget, whose = KL_BUDGET, "the default trust region's; it had none"
+        if log.settings is None and log.series(["capo/kl/proposed"]):
+            whose = "the default; its own is not on record"
+    step, largest = max(kl, key=lambda pair: pair[1])
+    over = sum(x > budget for _, x in kl)
+    return (
+        f"KL of an update: {fmean(x for _, x in kl):.1e} nats a token on average, {largest:.1e} at most (step {step}); "
+        f"{over:,} of {len(kl):,} above {budget:.1e} ({whose})."
+    )
+
+
+def _mode(log: Log) -> str | None:
+    """CAPO's mode; None for a trainer that is not CAPO's, "" for one whose settings are not on record."""
+    if log.settings is not None:
+        return str(log.settings.get("capo_mode", "trust_region"))
+    names = {name for entry in log.entries for name in entry}
+    if names & {"capo/kl/proposed", "capo/scale"}:
+        return ""
+    return "monitor" if any(name.startswith("capo/") for name in names) else None
+
+
+def _budget(log: Log) -> float | None:
+    given = _number((log.settings or {}).get("capo_kl_budget"))
+    return KL_BUDGET if given is None and _mode(log) == "trust_region" else given
+
+
+def _changes(log: Log, dead: bool, kl: Series) -> list[Change]:
+    """What to try next, as a recipe's fields: of a run that lives only what the trust region itself suggests."""
+    mode, settings = _mode(log), log.settings or {}
+    if mode != "trust_region":
+        if not dead or (kl and max(x for _, x in kl) < KL_BUDGET / 10):
+            return []
+        if mode is None:
+            why = "CAPOConfig and CAPOTrainer in place of GRPOConfig and GRPOTrainer; keep the learning rate"
+        else:
+            why = "no token left out, no update further than capo_kl_budget (5e-3); keep the learning rate"
+        switched = [Change("capo_mode", mode or None, "trust_region", why)]
+        for name in ("capo_soft", "capo_penalty"):
+            if settings.get(name):
+                switched.append(Change(name, settings[name], None, "takes the mask's place, and there is none"))
+        if (control := settings.get("capo_kl_control", "learning_rate")) != "learning_rate":
+            switched.append(Change("capo_kl_control", control, "learning_rate", "the mean is held too, not the worst"))
+        return switched
+    if dead:
+        changes = []
+        if (control := settings.get("capo_kl_control", "learning_rate")) != "learning_rate":
+            changes.append(Change("capo_kl_control", control, "learning_rate", "the mean is held too, not the worst"))
+        if (sample := _number(settings.get("capo_kl_sample", 0.25)) or 0.25) < 1:
+            changes.append(Change("capo_kl_sample", sample, 1.0, "what a sample does not see is not held"))
+        budget = _budget(log) or KL_BUDGET
+        changes.append(Change("capo_kl_budget", budget, _round(budget / 5), "shorter steps"))
+        return changes
+    rates, scales = log.series(LEARNING_RATE), [x for _, x in log.series(["capo/scale"])]
+    late = scales[len(scales) // 2 :]
+    asked = _number(settings.get("learning_rate")) or max((x for _, x in rates), default=None)
+    if len(scales) >= _STARTED and median(late) > 0.5 and asked:
+        why = f"the trust region left {median(late):.0%} of the rate, so the rate is what holds it back"
+        return [Change("learning_rate", asked, _round(3 * asked), why)]
+    return []
+
+
+def _round(x: float) -> float:
+    return float(f"{x:.1e}")
+
+
+def _yaml(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+# ---- what it reads -----------------------------------------------------------------------------------------------
+
+
+def read_log(path: str | Path) -> Log:
+    """Read what a run logged.
+
+    A folder: `metrics.jsonl` of `capo train`, else the `trainer_state.json` of any TRL run (the newest checkpoint's, if
+    there is none in the folder itself), else TensorBoard's events. A file: one of these, a wandb or trackio export as
+    CSV, JSON or JSON Lines, or a result of `capo bench`.
+
+    Raises `DoctorError` for what is not there, cut, or of another format, and for an export of several runs.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DoctorError(f"{path}: no such file or folder; give the folder of a run")
+    source = _inside(path) if path.is_dir() else path
+    try:
+        if source.name.startswith("events.out.tfevents."):
+            return Log(source, _by_step(_events(source.parent)))
+        reads = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv}
+        if (read := reads.get(source.suffix.lower())) is None:
+            raise DoctorError(
+                f"{source}: not a format that is read here; give the folder of a run, a trainer_state.json, or an "
+                "export as .jsonl, .json or .csv"
+            )
+        rows = list(read(source))
+        settings = _settings(source)
+    except (OSError, UnicodeDecodeError, csv.Error, RecursionError) as error:
+        raise DoctorError(f"{source}: can't be read ({error}); give the folder of a run") from None
+    if runs := {str(row[name]) for row in rows for name in _RUNS if isinstance(row.get(name), str)}:
+        _one(source, runs)
+    return Log(source, _by_step(rows), settings)
+
+
+def _inside(folder: Path) -> Path:
+    """The file in a folder that has a run's figures."""
+    for name in ("metrics.jsonl", "trainer_state.json"):
+        if (folder / name).is_file():
+            return folder / name
+    if (checkpoint := last_checkpoint(folder)) is not None:
+        return Path(checkpoint, "trainer_state.json")
+    if whole := sorted(folder.glob("checkpoint-*/trainer_state.json")):
+        return whole[-1]  # cut, which reading it will say
+    pattern = "events.out.tfevents.*"
+    events = sorted(file for depth in ("", "*/", "*/*/") for file in folder.glob(depth + pattern))
+    if len(folders := {file.parent for file in events}) > 1:
+        some = ", ".join(sorted(map(str, folders))[:3])
+        raise DoctorError(f"{folder}: TensorBoard events of {len(folders)} runs ({some}); give the folder of one")
+    if events:
+        return events[-1]
+    raise DoctorError(
+        f"{folder}: no metrics there (metrics.jsonl, trainer_state.json, checkpoint-N/trainer_state.json, TensorBoard "
+        "events); give the folder of a run, or the file of an export"
+    )
+
+
+def _settings(source: Path) -> Mapping[str, Any] | None:
+    """The settings that `capo train` wrote beside its metrics, or `capo bench` into its result."""
+    of = source if source.suffix == ".json" and source.name != "trainer_state.json" else source.parent / "run.json"
+    try:
+        content = json.loads(of.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = content.get("settings") if isinstance(content, dict) else None
+    if not isinstance(found, dict):
+        return None
+    # another's file: nothing of it reaches a terminal or a comparison but plain values
+    plain = {name: x for name, x in found.items() if isinstance(x, bool | int | float | str) and str(x).isprintable()}
+    return {name: x for name, x in plain.items() if name.startswith("capo_") or name == "learning_rate"}
+
+
+def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line or "{}")
+        except ValueError as error:
+            if number == len(lines):  # of a run that goes on, or was killed
+                return
+            raise DoctorError(f"{path}: line {number} is not JSON ({error}); remove it") from None
+        if not isinstance(row, dict):
+            raise DoctorError(f"{path}: line {number} is no JSON object; one object a step is read")
+        yield row
+
+
+def _json(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DoctorError(
+            f"{path}: not whole JSON ({error}); if it was cut while being written, give an earlier checkpoint"
+        ) from None
+    rows = content
+    if isinstance(content, dict) and isinstance(curves := content.get("curves"), dict):
+        columns = {name: values for name, values in curves.items() if isinstance(values, list)}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+    elif isinstance(content, dict):
+        rows = content.get("log_history")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DoctorError(f"{path}: JSON, but not a trainer_state.json, a list of steps, or a result of `capo bench`")
+    yield from rows
+
+
+def _csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        names = [name for name in rows.fieldnames or [] if not name.endswith(("__MIN", "__MAX"))]
+        # wandb's charts have a column for each run: `RUN - train/reward`
+        _one(path, {run for run, dash, _ in (name.rpartition(" - ") for name in names) if dash})
+        for row in rows:
+            yield {name.rpartition(" - ")[2]: row[name] for name in names}
+
+
+def _events(folder: Path) -> Iterator[Mapping[str, Any]]:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise DoctorError(f"{folder}: has TensorBoard events, and reading them takes `pip install tensorboard`")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            yield {"step": event.step, name: event.value}
+
+
+def _one(source: Path, runs: set[str]) -> None:
+    if len(runs) > 1:
+        some = ", ".join(sorted(ascii(run) for run in runs)[:3])
+        raise DoctorError(f"{source}: {len(runs)} runs in one export ({some}); export one")
+
+
+def _by_step(rows: Iterable[Mapping[str, Any]]) -> list[Entry]:
+    """The numbers of each step, in order; of what was logged twice, as after a resumption, the later."""
+    steps: dict[int, Entry] = {}
+    for number, row in enumerate(rows, 1):
+        flat = _flat(row)
+        step = next((flat[name] for name in _STEPS if math.isfinite(flat.get(name, math.nan))), number)
+        entry = {name: x for name, x in flat.items() if name not in _STEPS}
+        steps.setdefault(int(step), {"step": int(step)}).update(entry)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _flat(row: Mapping[str, Any]) -> Entry:
+    """A row's numbers, by TRL's names: `train/` goes, and so do the drawers that trackio and verl put them into."""
+    flat: Entry = {}
+    for name, value in row.items():
+        if isinstance(value, str) and name == "metrics":
+            try:
+                value = json.loads(value)
+            except ValueError:
+                continue
+        if name in ("metrics", "data") and isinstance(value, Mapping):
+            flat |= _flat(value)
+        elif (number := _number(value)) is not None:
+            short = str(name).removeprefix("train/")
+            flat[short.lower() if short.lower() in _STEPS else short] = number
+    return flat
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+# ---- what a bug report needs -------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, for a bug report; nothing that says who or where one is."""
+    found = dict(versions())
+    for name in _BESIDE:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found["system"] = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    found["cpu"] = f"{os.cpu_count()} cores, {memory:.0f} GiB"
+    found["gpu"] = _gpus() or "none found (nvidia-smi)"
+    return found
+
+
+def _gpus() -> str:
+    asks = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asks, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "; ".join(done.stdout.split("\n")).strip("; ") if done.returncode == 0 else ""

@@ -1,0 +1,1 @@
+"""The paper's guarantee as code (`guarantee`), and its statements tried on small MDPs (`checks`)."""

@@ -1,0 +1,2 @@
+"""Where bounds come from, other than the paper: `rejection_rate` gives those that reject a given share of the tokens,
+`kl_regression` what a prediction is worth in nats, and `adapt` moves bounds while a run trains."""

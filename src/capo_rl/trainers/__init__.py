@@ -1,0 +1,2 @@
+"""Training by TRL: `trl` is its GRPOTrainer with two seams, `checkpoints` are whole or not there, `train` makes a run
+of a recipe. `monitor` and `alarm` watch a stock trainer, `calibrate` finds bounds from a few watched steps."""
