@@ -704,16 +704,16 @@ def test_an_optimizer_whose_step_is_not_known_is_refused_before_the_first(build)
     with pytest.raises(ValueError, match="optim='sgd' is another: use optim='adamw_torch', or capo_kl_control='copy'"):
         build(optim="sgd", **settings)
     model = make_model()
-    for optimizer, error in (
-        (torch.optim.SGD(model.parameters(), lr=0.1), TypeError),
-        (torch.optim.AdamW(model.parameters(), amsgrad=True), ValueError),
+    for optimizer in (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.optim.AdamW(model.parameters(), amsgrad=True),
     ):
-        with pytest.raises(error, match="use 'copy'"):
+        with pytest.raises(ValueError, match="use 'copy'"):
             build(model=model, optimizers=(optimizer, None), **settings)
     trainer = build(max_steps=1, **settings)
     trainer.create_optimizer = lambda *_: setattr(trainer, "optimizer", torch.optim.SGD(trainer.model.parameters()))
     trainer._compute_loss = lambda *_: pytest.fail("the first loss is too late")
-    with pytest.raises(TypeError, match="use 'copy'"):
+    with pytest.raises(ValueError, match="use 'copy'"):
         trainer.train()
 
 
