@@ -1,4 +1,4 @@
-"""`capo train RECIPE --help`: CAPO's own fields by what they are about, said without TRL, which takes seconds to load."""
+"""`capo train RECIPE --help`: CAPO's own fields by what they are about, said without TRL, which loads for seconds."""
 
 from __future__ import annotations
 
