@@ -1,1 +1,2 @@
-"""What a run reads and writes: `data`, `models`, its `records`, recorded `tokens`, `plots`, `progress`, `model_card`."""
+"""What a run reads and writes: `data` and `models`; its `records`, recorded `tokens`, `plots`, `progress` and
+`model_card`."""
