@@ -379,7 +379,7 @@ def _report(options: argparse.Namespace) -> None:
     from capo_rl.pages.report import write_report
 
     if not (Path(options.folder) / "run.json").exists():
-        from capo_rl.testbed.figures import draw_results
+        from capo_rl.testbed.results import draw_results
 
         draw_results(options.folder)
     print(write_report(options.folder, options.out))
@@ -392,7 +392,9 @@ def _explain(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from capo_rl.pages.doctor import diagnose, environment, read_log
+    from capo_rl.pages.doctor import diagnose
+    from capo_rl.pages.environment import environment
+    from capo_rl.pages.run_log import read_log
 
     if options.path is None or options.versions:
         for name, value in environment().items():
@@ -507,7 +509,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.settings.recipe_file": "RecipeError",
         "capo_rl.trainers.calibrate": "CalibrationError",
         "capo_rl.runs.data": "DataError",
-        "capo_rl.pages.doctor": "DoctorError",
+        "capo_rl.pages.run_log": "DoctorError",
         "capo_rl.runs.models": "ModelError",
         "capo_rl.runs.records": "RunFolderError",
         "capo_rl.testbed.bench": "BenchError",
