@@ -310,7 +310,9 @@ def _eval(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from capo_rl.evaluation.benchmarks import BENCHMARKS
-    from capo_rl.evaluation.evaluate import Settings, compare, evaluate, read_evaluation, read_settings, summarize
+    from capo_rl.evaluation.evaluate import Settings, evaluate
+    from capo_rl.evaluation.folder import read_evaluation, read_settings
+    from capo_rl.evaluation.summary import compare, summarize
 
     names = list(BENCHMARKS) if "all" in options.benchmarks else options.benchmarks
     settings = Settings(
@@ -340,7 +342,9 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _regrade(options: argparse.Namespace) -> None:
-    from capo_rl.evaluation.evaluate import read_evaluation, regrade, summarize
+    from capo_rl.evaluation.folder import read_evaluation
+    from capo_rl.evaluation.regrade import regrade
+    from capo_rl.evaluation.summary import summarize
 
     done = regrade(options.folder)
     _show_evaluation(summarize(read_evaluation(options.folder)), options.folder)
@@ -507,7 +511,7 @@ def _mendable() -> tuple[type[Exception], ...]:
     """The errors whose message is all a user needs; of modules that were never imported there are none."""
     names = {
         "capo_rl.settings.recipe_file": "RecipeError",
-        "capo_rl.trainers.calibrate": "CalibrationError",
+        "capo_rl.thresholds.choice": "CalibrationError",
         "capo_rl.runs.data": "DataError",
         "capo_rl.pages.run_log": "DoctorError",
         "capo_rl.runs.models": "ModelError",
@@ -516,7 +520,7 @@ def _mendable() -> tuple[type[Exception], ...]:
         "capo_rl.pages.report": "ReportError",
         "capo_rl.pages.explain": "ExplainError",
         "capo_rl.evaluation.benchmarks": "BenchmarkError",
-        "capo_rl.evaluation.evaluate": "EvaluationError",
+        "capo_rl.evaluation.folder": "EvaluationError",
     }
     return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
