@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from capo_rl.settings.recipe import read_recipe
+from capo_rl.testbed.arms import MAIN
 from capo_rl.testbed.bench import BESIDE, CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
-from capo_rl.testbed.figures import FIGURES, MAIN, TABLES, draw_results
+from capo_rl.testbed.figures import FIGURES
+from capo_rl.testbed.results import draw_results
+from capo_rl.testbed.tables import TABLES
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 

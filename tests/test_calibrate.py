@@ -18,19 +18,18 @@ from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.planning.planner import Planner
 from capo_rl.testbed.bench import read_bench
 from capo_rl.thresholds.adapt import AdaptThresholds
-from capo_rl.thresholds.kl_regression import regress, student_quantile
-from capo_rl.thresholds.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
-from capo_rl.trainers.calibrate import (
+from capo_rl.thresholds.choice import (
     CalibrationError,
     Choice,
     Step,
-    at_scale,
-    calibrate,
     choose_for_kl,
     choose_for_rate,
     fisher_bound,
-    fragment,
 )
+from capo_rl.thresholds.kl_regression import regress, student_quantile
+from capo_rl.thresholds.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
+from capo_rl.trainers.calibrate import calibrate, fragment
+from capo_rl.trainers.watching import at_scale
 from conftest import make_model
 
 ROOT = Path(__file__).parents[1]

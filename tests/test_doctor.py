@@ -16,7 +16,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOConfig
 from capo_rl.cli import main
-from capo_rl.pages.doctor import FIGURES, DoctorError, diagnose, environment, moved, read_log
+from capo_rl.pages.doctor import FIGURES, diagnose, moved
+from capo_rl.pages.environment import environment
+from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.planning.defaults import KL_BUDGET
 from capo_rl.statistics import collapsed
 from conftest import SETTINGS

@@ -17,16 +17,11 @@ import capo_rl.evaluation.evaluate as module
 from capo_rl.answers import Rule
 from capo_rl.cli import main
 from capo_rl.evaluation.benchmarks import BENCHMARKS, Problem
-from capo_rl.evaluation.evaluate import (
-    EvaluationError,
-    Settings,
-    compare,
-    evaluate,
-    read_evaluation,
-    regrade,
-    summarize,
-)
+from capo_rl.evaluation.evaluate import Settings, evaluate
+from capo_rl.evaluation.folder import EvaluationError, encoded, read_evaluation
 from capo_rl.evaluation.generation import Completion, Sampling, choose_backend, encode, load_generator
+from capo_rl.evaluation.regrade import regrade
+from capo_rl.evaluation.summary import compare, summarize
 from capo_rl.runs.models import ModelError
 from capo_rl.runs.records import LOCK, RunFolderError, sole_writer
 from capo_rl.tasks import arithmetic
@@ -50,11 +45,8 @@ def sums(name: str, count: int = 10, secret: bool = False) -> list[Problem]:
 def benchmarks(monkeypatch):
     """The eight benchmarks, each of ten sums."""
     monkeypatch.setattr(module, "load_benchmark", lambda name, folder=None: sums(name, secret=name == "gpqa_diamond"))
-    monkeypatch.setattr(
-        module,
-        "BENCHMARKS",
-        {name: dataclasses.replace(b, count=10, folder_count=None) for name, b in BENCHMARKS.items()},
-    )
+    for name, benchmark in BENCHMARKS.items():
+        monkeypatch.setitem(BENCHMARKS, name, dataclasses.replace(benchmark, count=10, folder_count=None))
 
 
 @pytest.fixture(scope="module")
@@ -313,9 +305,9 @@ def test_only_a_letter_of_a_secret_answer_is_kept(extracted, kept):
 def test_hostile_text_comes_back_as_it_was(tmp_path):
     text = "\x1b[2J\u2028\ud800\r\n\x00\\boxed{1}"
     (tmp_path / "evaluation.json").write_text('{"settings": {}}')
-    encoded = module._encoded(line("a", True, text=text))
-    assert encoded.count(b"\n") == 1 and encoded.isascii() and b"\x1b" not in encoded
-    (tmp_path / "gsm8k.jsonl").write_bytes(encoded)
+    written = encoded(line("a", True, text=text))
+    assert written.count(b"\n") == 1 and written.isascii() and b"\x1b" not in written
+    (tmp_path / "gsm8k.jsonl").write_bytes(written)
     assert read_evaluation(tmp_path)["gsm8k"][0]["completions"][0]["text"] == text
     assert regrade(tmp_path).changed == 0
 
@@ -330,7 +322,7 @@ def test_regrade_says_what_changed(tmp_path, loaded, capsys):
     right, wrong = (next(answer for answer in answers if answer["correct"] is verdict) for verdict in (True, False))
     right["correct"], wrong["correct"] = None, True
     right["reason"] = "timed out"
-    (tmp_path / "gsm8k.jsonl").write_bytes(b"".join(map(module._encoded, evaluation["gsm8k"])))
+    (tmp_path / "gsm8k.jsonl").write_bytes(b"".join(map(encoded, evaluation["gsm8k"])))
     assert main(["regrade", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "2 of 30 verdicts changed (1 to right, 1 from right)" in shown
@@ -476,7 +468,7 @@ def test_a_log_has_a_line_for_each_tenth(tmp_path, loaded, capsys):
 
 def test_rules_of_another_version_are_an_error(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"settings": {}}')
-    (tmp_path / "gsm8k.jsonl").write_bytes(module._encoded(line("a", True) | {"rule": {"colour": "red"}}))
+    (tmp_path / "gsm8k.jsonl").write_bytes(encoded(line("a", True) | {"rule": {"colour": "red"}}))
     with pytest.raises(EvaluationError, match="another version"):
         regrade(tmp_path)
 

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from capo_rl.theory import checks as theory_checks
+from capo_rl.theory import checks, counterexamples, statements
 from capo_rl.theory import guarantee as theory
 from capo_rl.theory.guarantee import MDP, Setting
 
@@ -17,31 +17,30 @@ SETTINGS = [Setting(gamma=0.0), Setting(gamma=0.2), Setting(gamma=0.9), Setting(
 by_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 
 
-def statements(setting: Setting, n: int = 60) -> list[theory_checks.Check]:
+def tried(setting: Setting, n: int = 60) -> list[statements.Check]:
     mdp, theta = theory.random_mdps(n, 7, setting)
     step = theory.random_steps(theta, 8)
     rows = [
-        f(mdp, theta, step)
-        for f in (theory_checks.check_expansions, theory_checks.check_derivatives, theory_checks.check_gaps)
+        f(mdp, theta, step) for f in (statements.check_expansions, statements.check_derivatives, statements.check_gaps)
     ]
-    rows += [theory_checks.check_aggregation(mdp, theta, subsets, 9) for subsets in (1, 2, 3, 8)]
+    rows += [statements.check_aggregation(mdp, theta, subsets, 9) for subsets in (1, 2, 3, 8)]
     return list(itertools.chain(*rows))
 
 
-def used(rows: list[theory_checks.Check], start: str) -> float:
-    (row,) = (x for x in theory_checks.merge(rows) if x.statement.startswith(start))
+def used(rows: list[statements.Check], start: str) -> float:
+    (row,) = (x for x in statements.merge(rows) if x.statement.startswith(start))
     return row.used
 
 
 @by_setting
 def test_every_statement_holds(setting):
-    broken = [x for x in statements(setting) if x.violations and not x.statement.endswith("[wrong]")]
+    broken = [x for x in tried(setting) if x.violations and not x.statement.endswith("[wrong]")]
     assert not broken
 
 
 def test_every_wrong_statement_is_caught_and_the_tight_ones_are_tight():
-    rows = list(itertools.chain(*(statements(x) for x in SETTINGS)))
-    wrong = [x for x in theory_checks.merge(rows) if x.statement.endswith("[wrong]")]
+    rows = list(itertools.chain(*(tried(x) for x in SETTINGS)))
+    wrong = [x for x in statements.merge(rows) if x.statement.endswith("[wrong]")]
     assert len(wrong) == 6
     assert all(x.violations for x in wrong)
     # a constant 3 % smaller would be caught in each of these
@@ -54,7 +53,7 @@ def test_the_fisher_constant_is_sharp():
     p, one = (3 - math.sqrt(3)) / 6, torch.ones((1, 1), dtype=torch.float64)
     theta = torch.tensor([[[math.log(p / (1 - p)), 0.0]]], dtype=torch.float64)
     mdp = MDP(Setting(horizon=1), one.expand(1, 1, 2, 1), torch.zeros_like(theta), one)
-    rows = theory_checks.check_expansions(mdp, theta, torch.tensor([[[0.01, -0.01]]], dtype=torch.float64))
+    rows = statements.check_expansions(mdp, theta, torch.tensor([[[0.01, -0.01]]], dtype=torch.float64))
     assert not any(x.violations for x in rows)
     assert used(rows, "Eq. 26") > 0.999
 
@@ -62,25 +61,25 @@ def test_the_fisher_constant_is_sharp():
 @pytest.mark.parametrize(("setting", "least"), [(Setting(gamma=0.2), 0.3), (Setting(horizon=2), 0.6)], ids=str)
 def test_a_search_finds_no_violation_but_catches_a_constant_too_small(setting, least, monkeypatch):
     start = theory.random_mdps(32, 3, setting)
-    paper, sharp = theory_checks.search_gap(*start, 3, iterations=150)
+    paper, sharp = statements.search_gap(*start, 3, iterations=150)
     assert paper.violations == sharp.violations == 0
     assert paper.used > least
     C = theory.constant(setting)
-    monkeypatch.setattr(theory_checks, "constant", lambda *_: 0.9 * least * C)
-    assert theory_checks.search_gap(*start, 3, iterations=150)[0].violations
+    monkeypatch.setattr(statements, "constant", lambda *_: 0.9 * least * C)
+    assert statements.search_gap(*start, 3, iterations=150)[0].violations
     monkeypatch.undo()
-    (brace,) = theory_checks.search_gap(*start, 3, power=1.0, iterations=150)  # Eq. 81 has m_F under its brace
+    (brace,) = statements.search_gap(*start, 3, power=1.0, iterations=150)  # Eq. 81 has m_F under its brace
     assert brace.violations
 
 
 def test_nan_is_a_violation():
-    assert theory_checks.check("", torch.tensor([math.nan, 0.0])).violations == 1
+    assert statements.check("", torch.tensor([math.nan, 0.0])).violations == 1
 
 
 @by_setting
 def test_orders(setting):
     mdp, theta = theory.random_mdps(60, 1, setting)
-    found = theory_checks.orders(mdp, theta, theory.random_steps(theta, 2, -2, -2))
+    found = counterexamples.orders(mdp, theta, theory.random_steps(theta, 2, -2, -2))
     bandit = theory.constant(setting) == 0  # where L = J
     expected = {"Eq. 5:": 3, "Eq. 5 with": 3 if bandit else 2, "Eq. 66:": 3 if bandit else 2, "Eq. 66 with": 3}
     for name, power in (expected | {"Eq. 26": 3, "Eq. 81": 1}).items():
@@ -157,8 +156,8 @@ def test_half_is_enough_whatever_the_hessian():
 
 @pytest.mark.parametrize(("share", "downhill"), [(0.4, 1e-3), (0.49, 1e-4), (0.499, 1e-5)])
 def test_less_than_half_lets_a_fall_through(share, downhill):
-    mdp, theta, steps = theory_checks.opposite_pair(downhill)
-    p, M = theory_checks.premise(mdp, theta, steps), theory_checks.curvature(mdp, theta)
+    mdp, theta, steps = counterexamples.opposite_pair(downhill)
+    p, M = statements.premise(mdp, theta, steps), statements.curvature(mdp, theta)
     assert (p.m_h - share * M * p.r_2 > 0).all()
     assert float(p.penalty) == 0
     assert (p.gain < 0).all()
@@ -166,24 +165,24 @@ def test_less_than_half_lets_a_fall_through(share, downhill):
 
 
 def test_a_long_step_meets_the_conditions_at_theta_and_lowers_j():
-    mdp, theta, steps = theory_checks.neglected_cubic()
-    p, step = theory_checks.premise(mdp, theta, steps), steps.view_as(theta)
+    mdp, theta, steps = counterexamples.neglected_cubic()
+    p, step = statements.premise(mdp, theta, steps), steps.view_as(theta)
     for share in (1.0, 0.5):
-        assert (p.m_h - share * theory_checks.curvature(mdp, theta) * p.r_2 > p.penalty).all()
+        assert (p.m_h - share * statements.curvature(mdp, theta) * p.r_2 > p.penalty).all()
         assert float(p.gain[0]) < -0.4
     # a bound on H all along the step turns it away, and the measured KL of Eq. 65 sees what m_F doesn't
-    assert (p.m_h - 0.5 * theory_checks.curvature(mdp, theta, step) * p.r_2 < 0).all()
+    assert (p.m_h - 0.5 * statements.curvature(mdp, theta, step) * p.r_2 < 0).all()
     D = theory.kl(theory.evaluate(mdp, theta), theta, theta + step)
     assert float(D) > 50 * float(theory.half_quadratic(theory.local(mdp, theta).F, steps))
 
 
 def test_with_m_along_the_step_the_proofs_constant_is_exact_and_the_statements_is_not():
     # J' − J = gᵀΔθ + ∫ (1−τ) ΔθᵀHΔθ dτ ≥ gᵀΔθ − ½ Mr², and gᵀΔθᵢ ≥ ω + share · Mr² − ½ Mr²
-    mdp, theta, steps = theory_checks.past_the_bend()
-    p, M = theory_checks.premise(mdp, theta, steps), theory_checks.curvature(mdp, theta, steps.view_as(theta))
+    mdp, theta, steps = counterexamples.past_the_bend()
+    p, M = statements.premise(mdp, theta, steps), statements.curvature(mdp, theta, steps.view_as(theta))
     assert (p.gain < p.m_h - 0.5 * M * p.r_2 - 0.2).all()
     assert (p.gain > p.m_h - 1.0 * M * p.r_2).all()
-    rows = [theory_checks.check_theorem(*theory.random_mdps(300, 3, x), 30.0, 1) for x in SETTINGS]
+    rows = [statements.check_theorem(*theory.random_mdps(300, 3, x), 30.0, 1) for x in SETTINGS]
     proof, statement = zip(*(map(int, str(x["gain < ω"]).split(" / ")) for x in rows), strict=True)
     assert sum(proof) == 0
     assert sum(statement) > 0
@@ -194,12 +193,12 @@ def test_with_m_along_the_step_the_proofs_constant_is_exact_and_the_statements_i
 def test_no_step_is_ever_covered(setting):
     assert theory.constant(setting) > theory.omega_ceiling(setting, 1.0)
     for norm in (0.1, 30.0):
-        row = theory_checks.check_theorem(*theory.random_mdps(100, 4, setting), norm, 5)
+        row = statements.check_theorem(*theory.random_mdps(100, 4, setting), norm, 5)
         assert row["ω ≥ C√δ_F"] == "0 / 0"
         assert row["ω > 0"] != "0 / 0"
         assert row["Eq. 13 fails"] == "0 / 0"
         assert row["yet J fell"] == 0
-    small = theory_checks.check_theorem(*theory.random_mdps(100, 4, setting), 0.1, 5)
+    small = statements.check_theorem(*theory.random_mdps(100, 4, setting), 0.1, 5)
     assert small["L − J ≥ C'√KL"] > 80  # with max_s |Ā(s)| for ε, most are
 
 
@@ -214,7 +213,7 @@ def test_constants_of_the_paper():
     for T in (1, 2, 7, 1024):
         b = sum(j**2 for j in range(T))
         assert theory.constant(Setting(horizon=T), 0.5) == pytest.approx(math.sqrt(2 * b * T) * 0.5)
-    llm = next(x for x in theory_checks.horizons() if x["setting"] == "T = 1024")
+    llm = next(x for x in counterexamples.horizons() if x["setting"] == "T = 1024")
     assert llm["C√δ_F"] == pytest.approx(8555, abs=1)
     assert llm["C√δ_F / largest ω"] == pytest.approx(590.8, abs=0.1)
     assert llm["√(T δ_F/2)"] == pytest.approx(0.2263, abs=1e-4)
@@ -255,11 +254,11 @@ def test_guarantee_is_kept(norm):
     setting, n = Setting(gamma=0.2), 200
     mdp, theta = theory.random_mdps(n, 11, setting)
     here, size = theory.local(mdp, theta), torch.full((n,), norm, dtype=torch.float64)
-    steps = theory_checks.candidates(here.now.A[:, 0].flatten(1), 3, size, 12)
+    steps = statements.candidates(here.now.A[:, 0].flatten(1), 3, size, 12)
     step = steps.mean(1).view_as(theta)
     gain = (theory.evaluate(mdp, theta + step).J - here.now.J).tolist()
     m_h, m_f = theory.shift(here.g, here.H_L, steps).tolist(), theory.half_quadratic(here.F, steps).tolist()
-    D, M, eps = theory.kl(here.now, theta, theta + step), theory_checks.curvature(mdp, theta, step)[1], here.now.epsilon
+    D, M, eps = theory.kl(here.now, theta, theta + step), statements.curvature(mdp, theta, step)[1], here.now.epsilon
     verdicts = [
         theory.guarantee(setting, m_h[i], m_f[i], float(M[i]), norm, float(eps[i]), kl=float(D[i])) for i in range(n)
     ]
@@ -269,10 +268,10 @@ def test_guarantee_is_kept(norm):
 
 
 def test_main_prints_and_writes_the_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(theory_checks, "search_gap", lambda *_: [])
+    monkeypatch.setattr(checks, "search_gap", lambda *_: [])
     monkeypatch.setattr("sys.argv", ["theory_checks", "--cases", "6", "--json", str(tmp_path / "theory.json")])
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    theory_checks.main()
+    checks.main()
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "theory.json").read_text())
     assert list(written) == ["Statements", "Order of the error in ‖Δθ‖", "Theorem 5.1", "Counterexamples", "Horizons"]
     for title in written:

@@ -1,1 +1,2 @@
-"""`capo eval`: eight `benchmarks`, the `generation` of completions, and `evaluate`, which grades and counts them."""
+"""`capo eval`: eight `benchmarks`, the `generation` of completions, `evaluate`, which grades them into a `folder`, the
+`summary` of what they come to beside another's, and `regrade`, which grades them again."""

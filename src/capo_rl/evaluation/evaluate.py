@@ -1,19 +1,9 @@
-"""`capo eval`: completions of benchmark problems, graded, and what they come to. The folder of an evaluation:
-
-evaluation.json    the settings, and the versions of the libraries
-BENCHMARK.jsonl    one JSON object a problem: id, prompt, gold answer, rule, and its graded completions
-summary.json       the figures of each benchmark, and their mean
-.lock              held while a process writes here, and whose it is
-
-Of a secret benchmark (GPQA, whose authors ask that its text never be published) only ids, extracted letters and
-verdicts are kept: no prompt and no completion. So `capo regrade`, which grades what is on disk again, can't do it.
-"""
+"""`capo eval`: completions of benchmark problems, graded; an evaluation that was stopped goes on where it was."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 from collections import defaultdict
@@ -22,10 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from capo_rl.answers import Rule, letter
+from capo_rl.answers import letter
 from capo_rl.evaluation.benchmarks import BENCHMARKS, Problem, load_benchmark
+from capo_rl.evaluation.folder import (
+    Evaluation,
+    EvaluationError,
+    Line,
+    encoded,
+    read_evaluation,
+    read_lines,
+    read_settings,
+)
 from capo_rl.evaluation.generation import (
     Completion,
     Generator,
@@ -35,23 +32,10 @@ from capo_rl.evaluation.generation import (
     load_generator,
     seed_of,
 )
-from capo_rl.rewards.grading import TIMED_OUT, Grader
+from capo_rl.evaluation.summary import is_right, summarize
+from capo_rl.rewards.grading import Grader
 from capo_rl.runs.progress import Progress
-from capo_rl.runs.records import LOCK, sole_writer, versions, write_json, written_whole
-from capo_rl.statistics import (
-    bootstrap_interval,
-    paired_bootstrap,
-    pass_at_k,
-    probability_above_zero,
-    wilson_interval,
-)
-
-Line = dict[str, Any]  # of a benchmark's file: one problem
-Evaluation = dict[str, list[Line]]  # the lines of each benchmark
-
-
-class EvaluationError(ValueError):
-    """An evaluation that can't be run or read; the message names the reason and the fix."""
+from capo_rl.runs.records import LOCK, sole_writer, versions, write_json
 
 
 @dataclass(frozen=True)
@@ -143,7 +127,7 @@ def _finished(path: Path, problems: Sequence[Problem]) -> set[str]:
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
     prompts = {problem.id: problem.prompt for problem in problems}
-    lines = _read(path)
+    lines = read_lines(path)
     for line in lines:
         if line["id"] not in prompts or line.get("prompt", prompts[line["id"]]) != prompts[line["id"]]:
             raise EvaluationError(f"{path}: {line['id']!r} is another problem in the benchmark; give another --out")
@@ -178,12 +162,12 @@ def _run(
                 whole = {row.problem.id: row.problem for row in batch if len(unwritten[row.problem.id]) == samples}
                 new = [problem for problem in whole.values() if problem.id not in there]
                 lines = _graded(new, unwritten, generator, grader)
-                file.write(b"".join(map(_encoded, lines)))
+                file.write(b"".join(map(encoded, lines)))
                 file.flush()
                 os.fsync(file.fileno())
                 there |= whole.keys()
                 written += len(lines) * samples
-                right += sum(_right(answer) for line in lines for answer in line["completions"])
+                right += sum(is_right(answer) for line in lines for answer in line["completions"])
                 done += missing
                 progress.update(done, f"right {right / written:.1%}" if written else "")
 
@@ -241,204 +225,3 @@ def _without_text(answer: Mapping[str, Any]) -> dict[str, Any]:
     """A graded completion without a word of it: a box can hold a copy of the question, so only a letter is kept."""
     kept = {name: answer[name] for name in ("tokens", "truncated", "correct", "reason")}
     return kept | {"extracted": answer["extracted"] and letter(answer["extracted"])}
-
-
-def _encoded(line: Line) -> bytes:
-    # In ASCII: no line break of Unicode's is in it, and half a surrogate pair comes back as it was.
-    return json.dumps(line).encode() + b"\n"
-
-
-def _right(answer: Mapping[str, Any]) -> bool:
-    return answer["correct"] is True  # what can't be graded is not right
-
-
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The settings of an evaluation, its backend among them. Raises `EvaluationError` if the folder holds none."""
-    try:
-        return json.loads((Path(folder) / "evaluation.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        raise EvaluationError(f"{folder}: not the folder of an evaluation; give one that `capo eval` wrote") from None
-
-
-def read_evaluation(folder: str | Path) -> Evaluation:
-    """What an evaluation has of each benchmark, in the order of the benchmarks. Raises `EvaluationError` for none."""
-    read_settings(folder)
-    files = {name: Path(folder) / f"{name}.jsonl" for name in BENCHMARKS}
-    evaluation = {name: lines for name, file in files.items() if file.exists() and (lines := _read(file))}
-    if not evaluation:
-        raise EvaluationError(f"{folder}: no problem has been completed yet; run `capo eval` on it again")
-    return evaluation
-
-
-def _read(path: Path) -> list[Line]:
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
-    lines = []
-    for number, text in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            line = json.loads(text)
-            line["id"], line["completions"][0]["correct"]
-        except (ValueError, TypeError, KeyError, IndexError):
-            raise EvaluationError(f"{path}, line {number}: not a graded problem; remove the line") from None
-        lines.append(line)
-    return lines
-
-
-def summarize(evaluation: Evaluation) -> dict[str, Any]:
-    """The figures of each benchmark, and the mean of their accuracies.
-
-    accuracy     the mean over problems of the share of right samples, which is pass@1, and Wilson's 95 % interval; that
-                 of the mean adds the squares of their halves (Zou and Donner 2008, "MOVER")
-    pass@k       for k = 1, 2, 4, ... up to the number of samples
-    tokens       per completion
-    truncated    completions; so are timed_out and ungraded, time-outs among them, and none of those counts as right
-    test         whether the mean is the paper's TEST: of all problems of all eight benchmarks
-    """
-    rows = {name: _figures(lines) for name, lines in evaluation.items()}
-    counts = {name: {benchmark.count, benchmark.folder_count} for name, benchmark in BENCHMARKS.items()}
-    whole = rows.keys() == counts.keys() and all(rows[name]["problems"] in counts[name] for name in rows)
-    mean = float(np.mean([row["accuracy"] for row in rows.values()]))
-    below = math.hypot(*(row["accuracy"] - row["low"] for row in rows.values())) / len(rows)
-    above = math.hypot(*(row["high"] - row["accuracy"] for row in rows.values())) / len(rows)
-    return {"benchmarks": rows, "mean": {"accuracy": mean, "low": mean - below, "high": mean + above, "test": whole}}
-
-
-def _figures(lines: Sequence[Line]) -> dict[str, Any]:
-    answers = [answer for line in lines for answer in line["completions"]]
-    samples = min(len(line["completions"]) for line in lines)
-    accuracy = float(np.mean(_accuracies(lines)))
-    low, high = wilson_interval(accuracy, len(lines))
-    counts = [(len(line["completions"]), sum(map(_right, line["completions"]))) for line in lines]
-    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    return {
-        "problems": len(lines),
-        "samples": samples,
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
-        "pass@k": {str(k): float(np.mean([pass_at_k(n, c, k) for n, c in counts])) for k in ks},
-        "tokens": float(np.mean([answer["tokens"] for answer in answers])),
-        "truncated": sum(answer["truncated"] for answer in answers),
-        "timed_out": sum(answer["reason"] == TIMED_OUT for answer in answers),
-        "ungraded": sum(answer["correct"] is None for answer in answers),
-    }
-
-
-def _accuracies(lines: Sequence[Line]) -> list[float]:
-    return [float(np.mean([_right(answer) for answer in line["completions"]])) for line in lines]
-
-
-def _mean_of_means(groups: Sequence[Sequence[float]]) -> Any:
-    """The statistic that weighs groups, not values, alike: for the bootstrap, which draws them one after the other."""
-    weights = np.concatenate([np.full(len(group), 1 / len(group) / len(groups)) for group in groups])
-    return lambda values: float(values @ weights)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far one evaluation is above another on the problems of both, from a paired bootstrap over these.
-
-    above      the probability that the difference is above zero
-    problems   how many both have; apart: how many only one of them has
-    """
-
-    name: str
-    difference: float
-    low: float
-    high: float
-    above: float
-    problems: int
-    apart: int
-
-
-def compare(evaluation: Evaluation, baseline: Evaluation) -> list[Difference]:
-    """The differences in accuracy, evaluation less baseline, of each benchmark that both have, and of their mean.
-
-    Raises `EvaluationError` if they have no problem in common.
-    """
-    differences, groups = [], []
-    for name in (name for name in evaluation if name in baseline):
-        ours, theirs = (
-            dict(zip((line["id"] for line in lines), _accuracies(lines), strict=True))
-            for lines in (evaluation[name], baseline[name])
-        )
-        both = sorted(ours.keys() & theirs.keys())
-        if both:
-            a, b = [ours[id] for id in both], [theirs[id] for id in both]
-            groups.append([x - y for x, y in zip(a, b, strict=True)])
-            above = probability_above_zero(groups[-1:])
-            apart = len(ours.keys() ^ theirs.keys())
-            differences.append(Difference(name, *paired_bootstrap(a, b), above, len(both), apart))
-    if not groups:
-        raise EvaluationError("the two evaluations have no problem in common")
-    if len(groups) > 1:
-        mean = _mean_of_means(groups)
-        ends = bootstrap_interval(groups, mean)
-        problems, apart = sum(d.problems for d in differences), sum(d.apart for d in differences)
-        value = mean(np.concatenate(groups))
-        differences.append(Difference("mean", value, *ends, probability_above_zero(groups, mean), problems, apart))
-    return differences
-
-
-@dataclass(frozen=True)
-class Change:
-    """A verdict that is another one now: the answer that was read, and the verdict and its reason before and after."""
-
-    problem: str
-    answer: str | None
-    gold: str
-    before: tuple[bool | None, str]
-    after: tuple[bool | None, str]
-
-
-@dataclass(frozen=True)
-class Regraded:
-    """How many completions were graded again, how many verdicts changed, to right and from right, and what can't be.
-
-    `changes` are these verdicts; one that stayed, with another reason, is none.
-    """
-
-    completions: int
-    changed: int
-    now_right: int
-    no_longer_right: int
-    secret: tuple[str, ...]
-    changes: tuple[Change, ...] = ()
-
-
-def regrade(folder: str | Path) -> Regraded:
-    """Grade the completions of an evaluation again, from its files alone, and write the new verdicts and summary.
-
-    Raises `EvaluationError` if the folder holds no evaluation, or one whose rules this version does not know, and
-    `RunFolderError` for one that another process writes to.
-    """
-    folder = Path(folder)
-    read_settings(folder)
-    completions = 0
-    secret = []
-    changes: list[Change] = []
-    with sole_writer(folder), Grader() as grader:
-        evaluation = read_evaluation(folder)
-        for name, lines in evaluation.items():
-            if BENCHMARKS[name].gated:
-                secret.append(name)
-                continue
-            pairs = [(line, answer) for line in lines for answer in line["completions"]]
-            completions += len(pairs)
-            try:
-                rules = [Rule(**line["rule"]) for line, _ in pairs]
-            except (TypeError, ValueError) as error:
-                raise EvaluationError(f"{folder}, {name}: rules of another version of capo ({error})") from None
-            verdicts = grader.grade_all(
-                [answer["text"] for _, answer in pairs], [line["gold"] for line, _ in pairs], rules, progress=True
-            )
-            for (line, answer), verdict in zip(pairs, verdicts, strict=True):
-                if verdict.correct is not answer["correct"]:
-                    old, new = (answer["correct"], answer["reason"]), (verdict.correct, verdict.reason)
-                    changes.append(Change(f"{name} {line['id']}", verdict.extracted, line["gold"], old, new))
-                answer |= dataclasses.asdict(verdict)
-            with written_whole(folder / f"{name}.jsonl") as unfinished:
-                unfinished.write_bytes(b"".join(map(_encoded, lines)))
-        write_json(folder / "summary.json", summarize(evaluation))
-    now_right = sum(change.after[0] is True for change in changes)
-    no_longer = sum(change.before[0] is True for change in changes)
-    return Regraded(completions, len(changes), now_right, no_longer, tuple(secret), tuple(changes))

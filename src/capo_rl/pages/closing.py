@@ -6,7 +6,8 @@ import os
 import shutil
 import sys
 
-from capo_rl.pages.doctor import DoctorError, diagnose, read_log
+from capo_rl.pages.doctor import diagnose
+from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.settings.packaged import packaged
 from capo_rl.settings.recipe import Recipe, read_recipe, settings
 

@@ -1,6 +1,6 @@
 """The paper's statements on small MDPs, where J, d_π, A, H, F and KL are exact (Sections 4, 5, Appendices A, B, E, K).
 
-`capo_rl.theory.checks` tries each on random MDPs, policies and steps.
+`capo_rl.theory.statements` tries each on random MDPs, policies and steps.
 Policies are tabular softmax, π(a|s) = softmax(θ_s)_a, with θ [n, S, A] for n MDPs at once, in float64. With a discount
 or a horizon, the code is one: weights d_t(s) and advantages A_t(s, a) have a time axis, 1 long with a discount.
 """

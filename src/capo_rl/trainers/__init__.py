@@ -1,2 +1,3 @@
 """Training by TRL: `trl` is its GRPOTrainer with two seams, `checkpoints` are whole or not there, `train` makes a run
-of a recipe. `monitor` and `alarm` watch a stock trainer, `calibrate` finds bounds from a few watched steps."""
+of a recipe. `rounding` warns of weights that updates don't reach, `monitor` and `alarm` watch a stock trainer,
+`calibrate` finds bounds from a few steps that `watching` has seen."""

@@ -55,6 +55,7 @@ from capo_rl.runs.models import check_head
 from capo_rl.runs.records import versions, written_whole
 from capo_rl.runs.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.settings.config import CAPOConfig
+from capo_rl.trainers.rounding import RoundedAway
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
@@ -175,6 +176,7 @@ class CAPOTrainer(GRPOTrainer):
                 share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
             )
             self.add_callback(_AroundTheStep(self))
+        self.add_callback(RoundedAway(self))  # after the other, which gives the step its learning rate
         if self._recomputes and self.optimizer is not None:
             check_recomputable(self._optimizer())
         elif self._recomputes and self.optimizer_cls_and_kwargs is None and args.optim not in _RECOMPUTED:

@@ -1,0 +1,2 @@
+"""What a run reads and writes: `data` and `models`; its `records`, recorded `tokens`, `plots`, `progress` and
+`model_card`."""
