@@ -110,7 +110,7 @@ class LastLayer:
 
     @staticmethod
     def cat(layers: list[LastLayer]) -> LastLayer:
-        """The tokens of several models after one another. All share one k, one temperature, and whether sizes differ."""
+        """The tokens of several models after one another. All share k, temperature, and whether sizes differ."""
         sizes = [layer.sizes for layer in layers if layer.sizes is not None]
         return LastLayer(
             torch.cat([layer.hidden for layer in layers]),

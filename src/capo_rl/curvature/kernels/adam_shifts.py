@@ -104,7 +104,8 @@ def _parts_alike(sizes: Tensor, d: int, budget: int) -> Iterator[tuple[Tensor, i
     descending, order = sizes.sort(descending=True, stable=True)
     ascending = descending.neg().tolist()
     first = 0
-    while first < len(order) and (rows := -ascending[first]):
+    while first < len(order):
+        rows = -ascending[first]
         block = tiles(len(order) - first, rows, d, budget)[0]
         alike = bisect_right(ascending, -ALIKE * rows) - first
         some = order[first : first + min(block, max(alike, block // SMALLEST, 1))]
@@ -199,10 +200,7 @@ def _adam_shifts(
     mass = tl.load(missing_mass + token).to(tl.float32)
     mean = 0.0
     spread = 0.0
-    if RAGGED:
-        size = tl.load(sizes + token)
-    else:
-        size = k
+    size = tl.load(sizes + token) if RAGGED else k
     for first in range(0, size, ROWS):
         row = first + tl.arange(0, ROWS)
         entry = token * k + row
