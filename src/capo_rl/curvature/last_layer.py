@@ -229,7 +229,7 @@ def on_support(
     pi = (top - log_normaliser[:, None]).exp_()
     is_action = support == actions[:, None]
     if by_mass:
-        # A NaN is in no order: its token keeps every row, and with them the NaN.
+        # Not `<`: a token with a NaN keeps every row, and with them the NaN.
         kept = ~(pi.cumsum(-1) - pi >= top_p)
         is_action &= kept
         last = kept.sum(-1, keepdim=True)
