@@ -222,13 +222,13 @@ def on_support(
     `top_p` of 1 takes them all, whatever they sum to when rounded.
     """
     sizes = None
-    by_mass = top_p is not None and top_p < 1
-    if by_mass:
+    top_p = None if top_p == 1 else top_p
+    if top_p is not None:
         top, order = top.sort(dim=-1, descending=True)
         support = support.gather(1, order)
     pi = (top - log_normaliser[:, None]).exp_()
     is_action = support == actions[:, None]
-    if by_mass:
+    if top_p is not None:
         # Not `<`: a token with a NaN keeps every row, and with them the NaN.
         kept = ~(pi.cumsum(-1) - pi >= top_p)
         is_action &= kept
