@@ -173,11 +173,11 @@ class Materialised:
 def seconds(work: Callable[[], object], repeats: int) -> float:
     """The median time of `work` after one run that isn't counted: on a GPU between two events, from a cold cache."""
     work()
-    timed = _between_events if DEVICE.type == "cuda" else _by_the_clock
+    timed = _between_events if DEVICE.type == "cuda" else by_the_clock
     return statistics.median(timed(work) for _ in range(repeats))
 
 
-def _by_the_clock(work: Callable[[], object]) -> float:
+def by_the_clock(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start

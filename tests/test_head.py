@@ -32,20 +32,23 @@ def by_row(layer):
     return pi.scatter_add_(1, layer.support, layer.pi), u.scatter_add_(1, layer.support, layer.u)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.6])
 @pytest.mark.parametrize("top_k", [1, 3, 10, 36, 37, None])
 @pytest.mark.parametrize("tile", [1, 5, 12, 37, 100])
 @pytest.mark.parametrize("tokens", [0, 1, 9])
-def test_tiles_of_rows_give_the_last_layer_of_all_logits(monkeypatch, top_k, tile, tokens):
+def test_tiles_of_rows_give_the_last_layer_of_all_logits(monkeypatch, top_k, top_p, tile, tokens):
     head, hidden, actions = a_head(tokens, 37, 4)
     logits = (hidden @ head.weight.T + head.bias) * head.scale
-    expected = last_layer(hidden, logits, actions, temperature=0.7, top_k=top_k)
+    expected = last_layer(hidden, logits, actions, temperature=0.7, top_k=top_k, top_p=top_p)
     monkeypatch.setattr(Head, "_tiles", lambda self: in_tiles(self, tile))
-    layer = head.last_layer(hidden, actions, temperature=0.7, top_k=top_k)
+    layer = head.last_layer(hidden, actions, temperature=0.7, top_k=top_k, top_p=top_p)
     for got, want in zip(by_row(layer), by_row(expected), strict=True):
         torch.testing.assert_close(got, want)
     torch.testing.assert_close(layer.log_pi_a, expected.log_pi_a)
     torch.testing.assert_close(layer.missing_mass, expected.missing_mass)
     assert layer.support.shape == expected.support.shape
+    assert (layer.sizes is None) == (expected.sizes is None) == (top_p is None)
+    assert layer.sizes is None or torch.equal(layer.sizes, expected.sizes)
 
 
 @pytest.mark.parametrize("quickselect", [0, 512])

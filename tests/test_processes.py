@@ -25,12 +25,17 @@ SHARES = {
     "all rejected": ([6, 6], range(12)),
     "no tokens at all": ([0, 0], []),
 }
-STEP_MODELS = {"adam": lambda: AdamStep(1e-2), "sgd": lambda: SGDStep(1e-2)}
+# a step model, and up to which probability supports go
+STEP_MODELS = {
+    "adam": (lambda: AdamStep(1e-2), None),
+    "adam, supports by mass": (lambda: AdamStep(1e-2), 0.8),
+    "sgd": (lambda: SGDStep(1e-2), None),
+}
 
 
-def steps(tokens: slice, rejected, step):
+def steps(tokens: slice, rejected, make, top_p):
     """The figures of a few planned steps on some of the tokens, what the moments are after them, and what was sent."""
-    planner = Planner(step, Thresholds(None, None), top_k=4, processes=Processes())
+    planner = Planner(make(), Thresholds(None, None), top_k=4, top_p=top_p, processes=Processes())
     planner.rule = lambda layer, advantages, shifts, sampled: (
         ~torch.isin(layer.hidden[:, 0].round(), torch.tensor([float(i) for i in rejected], dtype=torch.float64))
     )
@@ -58,8 +63,8 @@ def both(rank: int, folder: str) -> None:
     results = {}
     for share, (sizes, rejected) in SHARES.items():
         first = sum(sizes[:rank])
-        for model, make in STEP_MODELS.items():
-            results[share, model] = steps(slice(first, first + sizes[rank]), rejected, make())
+        for model, settings in STEP_MODELS.items():
+            results[share, model] = steps(slice(first, first + sizes[rank]), rejected, *settings)
     # as where one machine sums in another order than the next
     results["agreed"] = [Processes().agreed(value + rank * 1e-9, torch.device("cpu")) for value in (0.1, math.nan)]
     torch.save(results, f"{folder}/{rank}.pt")
@@ -78,7 +83,7 @@ def halves(tmp_path_factory):
 @pytest.mark.parametrize("share", SHARES)
 def test_two_processes_plan_the_step_of_one(halves, share, model):
     sizes, rejected = SHARES[share]
-    figures, moments, sent = steps(slice(0, sum(sizes)), rejected, STEP_MODELS[model]())
+    figures, moments, sent = steps(slice(0, sum(sizes)), rejected, *STEP_MODELS[model])
     assert sent == 0
     for theirs, their_moments, their_bytes in (half[share, model] for half in halves):
         assert their_bytes > 0

@@ -173,6 +173,7 @@ RAISED = {
     "the lower bound is above the upper": setting(capo_hessian_low=1.0, capo_hessian_high=-1.0),
     "is NaN: give a number": setting(capo_fisher_threshold=math.nan),
     "must be at least 1, or null for the whole vocabulary": setting(capo_top_k=0),
+    "is a probability: give it in (0, 1], or null": setting(capo_top_p=0.0),
     "is a probability: give it in [0, 1]": setting(capo_max_missing_mass=2.0),
     "must be at least 1, or null for the steps that are logged": setting(capo_kl_every=0),
     "is a share of the completions: give it in (0, 1]": setting(capo_kl_sample=0.0),

@@ -207,6 +207,7 @@ def test_predicted_kl_is_exact_for_a_small_step_of_the_head_alone(build):
         {"capo_granularity": "group"},
         {"capo_granularity": "batch"},
         {"capo_top_k": 3, "capo_max_missing_mass": 1.0},
+        {"capo_top_p": 0.9},
         {"importance_sampling_level": "sequence", "capo_granularity": "sequence"},
         {"beta": 0.1},
         {"max_grad_norm": 0.0},

@@ -217,6 +217,7 @@ def test_settings_survive_verls_config_tree():
         ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, fisher_threshold"),
         ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask"),
         ({"capo": {"top_k": 0}}, "actor.capo.top_k=0 must be at least 1"),
+        ({"capo": {"top_p": 1.5}}, "actor.capo.top_p=1.5 is a probability"),
         ({"capo": {"max_missing_mass": 2}}, "actor.capo.max_missing_mass=2 is a probability"),
         (
             {"capo": {"hessian_low": 1, "hessian_high": 0}},

@@ -94,6 +94,7 @@ class CAPOSettings:
     step: str = "adam"
     fisher: str = "sampled"
     top_k: int | None = 50
+    top_p: float | None = None
     max_missing_mass: float = 0.1
 
     def __post_init__(self) -> None:
@@ -104,6 +105,10 @@ class CAPOSettings:
         check_bounds(self.fisher_threshold, self.hessian_low, self.hessian_high, names)
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"actor.capo.top_k={self.top_k} must be at least 1, or null for the whole vocabulary")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"actor.capo.top_p={self.top_p} is a probability: give it in (0, 1], or null for all of top_k"
+            )
         if not 0 <= self.max_missing_mass <= 1:
             raise ValueError(f"actor.capo.max_missing_mass={self.max_missing_mass} is a probability: give it in [0, 1]")
 
@@ -352,6 +357,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
                 settings.thresholds,
                 temperature=temperature,
                 top_k=settings.top_k,
+                top_p=settings.top_p,
                 fisher=settings.fisher,
                 max_missing_mass=settings.max_missing_mass,
                 processes=Processes(self.get_data_parallel_group()),

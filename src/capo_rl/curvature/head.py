@@ -34,7 +34,13 @@ class Head:
 
     @torch.no_grad()
     def last_layer(
-        self, hidden: Tensor, actions: Tensor, *, temperature: float = 1.0, top_k: int | None = None
+        self,
+        hidden: Tensor,
+        actions: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
     ) -> LastLayer:
         """`last_layer.last_layer` for the logits of `hidden` [N, d]."""
         tokens = len(hidden)
@@ -64,7 +70,7 @@ class Head:
             top[some], support[some] = best, rows
         if whole:
             support = torch.arange(vocabulary, device=hidden.device).expand(tokens, -1)
-        return on_support(hidden, support, top, z_action, log_normaliser, actions, temperature, whole)
+        return on_support(hidden, support, top, z_action, log_normaliser, actions, temperature, whole, top_p)
 
     @torch.no_grad()
     def log_pi(self, hidden: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:

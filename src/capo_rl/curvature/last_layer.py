@@ -72,6 +72,8 @@ class LastLayer:
     missing_mass [N]   1 − Σ_support π: the probability the support leaves out
     log_pi_a [N]       log π(a)
     temperature        T
+    sizes [N]          how many entries each token's support has, where they differ: those first in its row, likeliest
+                       before others; behind them stands the sampled row with π = u = 0, which adds nothing to any sum
     """
 
     hidden: Tensor
@@ -81,9 +83,17 @@ class LastLayer:
     missing_mass: Tensor
     log_pi_a: Tensor
     temperature: float
+    sizes: Tensor | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
+
+    @property
+    def entries(self) -> Tensor | None:
+        """Which entries of the supports [N, k] are more than filling; None: all."""
+        if self.sizes is None:
+            return None
+        return torch.arange(self.support.shape[1], device=self.sizes.device) < self.sizes[:, None]
 
     def __getitem__(self, tokens: Tensor) -> LastLayer:
         """The same model at some of the tokens: a boolean mask or indices [M]."""
@@ -95,11 +105,13 @@ class LastLayer:
             self.missing_mass[tokens],
             self.log_pi_a[tokens],
             self.temperature,
+            None if self.sizes is None else self.sizes[tokens],
         )
 
     @staticmethod
     def cat(layers: list[LastLayer]) -> LastLayer:
-        """The tokens of several models after one another. All share one support size and temperature."""
+        """The tokens of several models after one another. All share k, temperature, and whether sizes differ."""
+        sizes = [layer.sizes for layer in layers if layer.sizes is not None]
         return LastLayer(
             torch.cat([layer.hidden for layer in layers]),
             torch.cat([layer.support for layer in layers]),
@@ -108,6 +120,7 @@ class LastLayer:
             torch.cat([layer.missing_mass for layer in layers]),
             torch.cat([layer.log_pi_a for layer in layers]),
             layers[0].temperature,
+            torch.cat(sizes) if sizes else None,
         )
 
 
@@ -144,13 +157,26 @@ def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tup
 
 
 def last_layer(
-    hidden: Tensor, logits: Tensor, actions: Tensor, *, temperature: float = 1.0, top_k: int | None = None
+    hidden: Tensor,
+    logits: Tensor,
+    actions: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> LastLayer:
     """The last layer at N tokens on its support: the `top_k` likeliest rows and the sampled one.
 
     hidden [N, d], logits [N, V] before temperature, actions [N]. With `top_k` None or at least V the support is
     the whole vocabulary. Otherwise it has k + 1 columns; where the sampled token is among the top k already, its
     second entry carries π = u = 0, which adds nothing to any sum.
+
+    With `top_p` below 1 it is the fewest of those rows that have so much probability, and the sampled one:
+
+    >>> z = torch.tensor([[0.1, 0.6, 0.3], [0.98, 0.01, 0.01]]).log()
+    >>> layer = last_layer(torch.ones(2, 1), z, torch.tensor([0, 0]), top_p=0.6)
+    >>> [rows[:size] for rows, size in zip(layer.support.tolist(), layer.sizes)]
+    [[1, 0], [0]]
     """
     vocabulary = logits.shape[-1]
     z = logits.to(compute_dtype(logits.dtype)) / temperature
@@ -161,7 +187,7 @@ def last_layer(
     else:
         top, support = likeliest(z, k)
     z_action = z.gather(1, actions[:, None]).squeeze(1)
-    return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole)
+    return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole, top_p)
 
 
 def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -188,14 +214,33 @@ def on_support(
     actions: Tensor,
     temperature: float,
     whole: bool,
+    top_p: float | None = None,
 ) -> LastLayer:
     """The last layer from the logits over T at the likeliest rows, at the action, and log Σ exp of them all.
 
-    support and top [N, k]: the k likeliest rows, or with `whole` all of them, and their logits; the others [N].
+    support and top [N, k]: the k likeliest rows, or with `whole` all of them, and their logits; the others [N]. A
+    `top_p` of 1 takes them all, whatever they sum to when rounded.
     """
+    sizes = None
+    top_p = None if top_p == 1 else top_p
+    if top_p is not None:
+        top, order = top.sort(dim=-1, descending=True)
+        support = support.gather(1, order)
     pi = (top - log_normaliser[:, None]).exp_()
     is_action = support == actions[:, None]
-    if whole:
+    if top_p is not None:
+        # Not `<`: a token with a NaN keeps every row, and with them the NaN.
+        kept = ~(pi.cumsum(-1) - pi >= top_p)
+        is_action &= kept
+        last = kept.sum(-1, keepdim=True)
+        outside = ~is_action.any(-1, keepdim=True)
+        pi_action = (z_action - log_normaliser).exp_()[:, None].where(outside, 0)
+        support = torch.cat([support.where(kept, actions[:, None]), actions[:, None]], dim=-1)
+        pi = functional.pad(pi.where(kept, 0), (0, 1)).scatter_(1, last, pi_action)
+        is_action = functional.pad(is_action, (0, 1)).scatter_(1, last, outside)
+        sizes = (last + outside).squeeze(1)
+        missing_mass = (1 - pi.sum(-1)).clamp(min=0)
+    elif whole:
         # Over the whole vocabulary what is left is rounding, not missing mass.
         missing_mass = pi.new_zeros(len(pi))
     else:
@@ -215,6 +260,7 @@ def on_support(
         missing_mass=missing_mass,
         log_pi_a=z_action - log_normaliser,
         temperature=temperature,
+        sizes=sizes,
     )
 
 
@@ -223,8 +269,8 @@ class SupportRows:
     """Which vocabulary rows the tokens of each subset support: one sort, shared by every gradient over these tokens.
 
     rows [P]      the vocabulary row of each (subset, row) pair that some token of the subset supports
-    pair [N, k]   which pair a token's support entry belongs to
-    order [N·k]   the support entries sorted by pair, and start [P + 1], where each pair begins among them
+    pair [N, k]   which pair a token's support entry belongs to; 0 for one that only fills
+    order [E]     the E support entries sorted by pair, and start [P + 1], where each pair begins among them
     processes     whose tokens these are: this one's own (None), or its share of those of several
     """
 
@@ -255,9 +301,15 @@ def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows
     if subsets is not None and key.numel():
         vocabulary = int(key.max()) + 1
         key = key + vocabulary * subsets[:, None]
-    ascending, order = _sorted(key.flatten())
+    key = key.flatten()
+    if layer.entries is None:
+        ascending, order = _sorted(key)
+    else:
+        entries = layer.entries.flatten().nonzero().squeeze(1)
+        ascending, order = _sorted(key[entries])
+        order = entries[order]
     pairs, inverse, counts = torch.unique_consecutive(ascending, return_inverse=True, return_counts=True)
-    pair = torch.empty_like(order).scatter_(0, order, inverse).view_as(key)
+    pair = torch.zeros_like(key).scatter_(0, order, inverse).view_as(layer.support)
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return SupportRows(pairs % vocabulary if vocabulary else pairs, pair, order, start)
 
@@ -277,7 +329,7 @@ class RowGradient:
 
     rows [P]         the vocabulary row of each pair of `SupportRows`
     start [P + 1]    where each pair begins among the entries
-    tokens [N·k]     the token i of each entry, and values [N·k], its w_i u_ij
+    tokens [E]       the token i of each entry, and values [E], its w_i u_ij
     hidden [N, d]
     processes        over which the sum over i runs; None for this one alone
     """
@@ -312,7 +364,7 @@ def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = N
     """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
 
     weights [N]; `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
-    entries a subset; this keeps the N·k weights and lets the caller take a few rows.
+    entries a subset; this keeps the E ≤ N·k weights and lets the caller take a few rows.
     """
     rows = support_rows(layer) if rows is None else rows
     values = (weights.to(layer.u.dtype)[:, None] * layer.u).flatten()[rows.order]

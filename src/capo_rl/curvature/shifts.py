@@ -126,6 +126,7 @@ def token_shifts_of(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamSt
             step.slots(layer.support),
             *step.storage(layer.hidden.shape[1], layer.u),
             step.planned,
+            layer.sizes,
         )
         return _token_shifts(s, variance / layer.temperature**2, advantages.to(s.dtype), layer.missing_mass, fisher)
     return shifts_along(token_direction(layer, advantages, step), layer, advantages, fisher)
@@ -179,7 +180,7 @@ def subset_shifts_of(
 def token_direction(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep) -> Tensor:
     """v = U h on the support [N, k], for the step U that each token alone would take."""
     score = advantages.to(layer.u.dtype)[:, None] * layer.u  # g = score hᵀ
-    return step.direction(score, layer.hidden, layer.support)
+    return step.direction(score, layer.hidden, layer.support, layer.sizes)
 
 
 def subset_direction(
@@ -200,9 +201,11 @@ def subset_direction(
         (pairs, [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients])
         for pairs in blocks(len(rows.rows), size)
     )
-    shared = len(rows.rows) <= SHARED_ROWS * layer.support.shape[1]
+    shared = len(rows.rows) * len(layer) <= SHARED_ROWS * len(rows.order)
     v = layer.u.new_zeros(len(gradients), *layer.support.shape)
     (_multiply_all if shared else _multiply_own)(v, layer.hidden, rows, tiles)
+    if layer.entries is not None:
+        v = v.where(layer.entries, 0)  # what fills belongs to no row, and an overflow of another's is not its own
     return v.view(*weights.shape[:-1], *layer.support.shape)
 
 

@@ -28,7 +28,7 @@ class SGDStep:
         """The step on some rows of W, given the gradient there."""
         return self.lr * gradient
 
-    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
+    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor, sizes: Tensor | None = None) -> Tensor:
         """v = U h = α ‖h‖² score [N, k] for each token's own gradient score hᵀ; score [N, k], hidden [N, d]."""
         return self.lr * hidden.to(score.dtype).square().sum(-1, keepdim=True) * score
 
@@ -117,14 +117,19 @@ class AdamStep:
             q = gradient.square().mul_(1 - adam.beta2)
         return p.div_(square_root(q).add_(adam.eps)).mul_(adam.lr)
 
-    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-        """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d]."""
+    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d].
+
+        `sizes` [N]: how many of the first entries of a row count, None: all. What v is at the others is left open.
+        """
         p, q = self.storage(hidden.shape[1], score)
         slots = self.slots(rows)
-        if len(p) > SHARED_ROWS * rows.shape[1] or (own := score.any(dim=-1)).all():
-            return adam_direction(score, hidden, slots, p, q, self.planned)
+        entries = rows.numel() if sizes is None else int(sizes.sum())
+        if len(p) * len(rows) > SHARED_ROWS * entries or (own := score.any(dim=-1)).all():
+            return adam_direction(score, hidden, slots, p, q, self.planned, sizes)
         v = torch.empty_like(score)
-        v[own] = adam_direction(score[own], hidden[own], slots[own], p, q, self.planned)
+        own_sizes = None if sizes is None else sizes[own]
+        v[own] = adam_direction(score[own], hidden[own], slots[own], p, q, self.planned, own_sizes)
         v[~own] = momentum_direction(hidden[~own], slots[~own], p, q, self.planned).to(v.dtype)
         return v
 

@@ -199,6 +199,7 @@ class Planner:
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         fisher: str = "sampled",
         max_missing_mass: float = 1.0,
         soft: bool = False,
@@ -209,7 +210,7 @@ class Planner:
     ) -> None:
         self.step, self.thresholds = step, thresholds
         self.processes = processes or Processes()
-        self.temperature, self.top_k, self.fisher = temperature, top_k, fisher
+        self.temperature, self.top_k, self.top_p, self.fisher = temperature, top_k, top_p, fisher
         self.max_missing_mass = max_missing_mass
         self.soft, self.penalty, self.translated = soft, penalty, translated
         # An SGD step is shorter already by what was left out of its gradient.
@@ -278,7 +279,7 @@ class Planner:
         hidden, advantages = hidden.detach(), advantages.detach()  # what is kept must not keep a graph
         with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
-            settings: Any = {"temperature": self.temperature, "top_k": self.top_k}
+            settings: Any = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             if isinstance(logits, Head):
                 layer = logits.last_layer(hidden, actions, **settings)
             else:
@@ -548,12 +549,14 @@ class Planner:
         if above and not self._warned:
             self._warned = True
             logger.warning(
-                "%d of %d tokens have more than %g of their probability outside the top k=%s: raise capo_top_k, or "
+                "%d of %d tokens have more than %g of their probability outside the top k=%s%s: raise %s, or "
                 "capo_max_missing_mass to accept it (said once; capo/missing_mass/above_bound goes on counting)",
                 above,
                 tokens,
                 self.max_missing_mass,
                 self.top_k,
+                "" if self.top_p is None else f" up to p={self.top_p:g}",
+                "capo_top_k" if self.top_p is None else "capo_top_k and capo_top_p",
             )
 
     @contextmanager

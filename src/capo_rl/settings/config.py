@@ -81,6 +81,10 @@ def check_capo(config: Any) -> None:
     check_bounds(config.capo_fisher_threshold, config.capo_hessian_low, config.capo_hessian_high, _BOUNDS)
     if config.capo_top_k is not None and config.capo_top_k < 1:
         raise ValueError(f"capo_top_k={config.capo_top_k} must be at least 1, or null for the whole vocabulary")
+    if config.capo_top_p is not None and not 0 < config.capo_top_p <= 1:
+        raise ValueError(
+            f"capo_top_p={config.capo_top_p} is a probability: give it in (0, 1], or null for all of capo_top_k"
+        )
     if not 0 <= config.capo_max_missing_mass <= 1:
         raise ValueError(f"capo_max_missing_mass={config.capo_max_missing_mass} is a probability: give it in [0, 1]")
     if config.capo_kl_every is not None and config.capo_kl_every < 1:

@@ -87,6 +87,13 @@ class CAPOFields:
         default=50,
         metadata={"help": "Vocabulary rows kept for each token (Section 4.1); null or k >= V: the whole vocabulary."},
     )
+    capo_top_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of these rows only the likeliest, up to this probability, and the sampled one: less time where "
+            "the policy is sure, and what is left out is bounded by 1 - p. null: all of capo_top_k. Not in the paper."
+        },
+    )
     capo_moments: str = field(
         default="float32",
         metadata={

@@ -168,6 +168,7 @@ class CAPOTrainer(GRPOTrainer):
                 args.thresholds,
                 temperature=args.temperature,
                 top_k=args.capo_top_k,
+                top_p=args.capo_top_p,
                 fisher=args.capo_fisher,
                 max_missing_mass=args.capo_max_missing_mass,
                 soft=args.capo_soft,

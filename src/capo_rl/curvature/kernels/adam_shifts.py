@@ -14,6 +14,8 @@ nothing. Inputs in bfloat16 or float16 are taken as exact, and every sum is in f
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,10 @@ from capo_rl.curvature.last_layer import compute_dtype, tile_elements, tiles
 # A Triton program's tile: rows of a token's support, columns of them, and the warps that share it (at most, and powers
 # of two). Of fourteen the fastest on an H200, or within 2 % of it, at three sizes (results/gpu/kernels.json).
 ROWS, COLUMNS, WARPS = 16, 64, 4
+
+# A tile of supports of different sizes, in the plain form: the least share of its largest support that another should
+# have, and the part of a whole tile below which it takes smaller ones all the same.
+ALIKE, SMALLEST = 0.85, 16
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,13 @@ def square_root(q: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def adam_direction(score: Tensor, hidden: Tensor, slots: Tensor, p: Tensor, q: Tensor, adam: Adam) -> Tensor:
+def adam_direction(
+    score: Tensor, hidden: Tensor, slots: Tensor, p: Tensor, q: Tensor, adam: Adam, sizes: Tensor | None = None
+) -> Tensor:
     """v = U h [N, k] for each token's own gradient g = score hᵀ, a tile at a time.
 
     score [N, k], A u; hidden [N, d]; slots [N, k], where in p and q [R, d] the moments of the support's rows are.
+    With `sizes` [N] only so many of the first entries of each token count, and v is left open at the others.
     """
     tokens, k = score.shape
     d = hidden.shape[1]
@@ -64,19 +73,44 @@ def adam_direction(score: Tensor, hidden: Tensor, slots: Tensor, p: Tensor, q: T
     a = score.to(dtype) * ((1 - adam.beta1) / beta1)
     b = score.to(dtype).square() * ((1 - adam.beta2) / root_beta2**2)
     v = torch.zeros_like(a)
-    block, width = tiles(tokens, k, d, tile_elements(v.device))
-    room = v.new_empty(2, block * k * width)
-    for start in range(0, d, width):
-        dims = slice(start, start + width)
-        for first in range(0, tokens, block):
-            some = slice(first, first + block)
+    budget = tile_elements(v.device)
+    room = v.new_empty(2, min(max(budget, k), tokens * k * d))
+    for some, rows in _parts(tokens, k, d, budget) if sizes is None else _parts_alike(sizes, d, budget):
+        part_slots, part_a, part_b = slots[some, :rows], a[some, :rows, None], b[some, :rows, None]
+        width = tiles(len(part_a), rows, d, budget)[1]
+        for start in range(0, d, width):
+            dims = slice(start, start + width)
             h = hidden[some, None, dims].to(dtype)
-            tile_p = _gather(p[:, dims], slots[some], room[0])
-            tile_q = _gather(q[:, dims], slots[some], room[1])
-            root = square_root(tile_q.addcmul_(b[some, :, None], h.square())).add_(adam.eps / root_beta2)
+            tile_p = _gather(p[:, dims], part_slots, room[0])
+            tile_q = _gather(q[:, dims], part_slots, room[1])
+            root = square_root(tile_q.addcmul_(part_b, h.square())).add_(adam.eps / root_beta2)
             # A batched product of matrix and vector takes several times as long as this product and sum.
-            v[some] += tile_p.addcmul_(a[some, :, None], h).div_(root).mul_(h).sum(-1)
+            v[some, :rows] += tile_p.addcmul_(part_a, h).div_(root).mul_(h).sum(-1)
     return v.mul_(adam.lr * beta1 / root_beta2).to(score.dtype)
+
+
+def _parts(tokens: int, k: int, d: int, budget: int) -> Iterator[tuple[slice, int]]:
+    """The tokens of each tile, and how many of their support's entries: all k."""
+    block = tiles(tokens, k, d, budget)[0]
+    for first in range(0, tokens, block):
+        yield slice(first, first + block), k
+
+
+def _parts_alike(sizes: Tensor, d: int, budget: int) -> Iterator[tuple[Tensor, int]]:
+    """The tokens of each tile, and how many of their support's entries, for supports of different `sizes` [N].
+
+    A tile has the tokens next in size, and ends where they get much smaller than its largest unless it is small still.
+    """
+    descending, order = sizes.sort(descending=True, stable=True)
+    ascending = descending.neg().tolist()
+    first = 0
+    while first < len(order):
+        rows = -ascending[first]
+        block = tiles(len(order) - first, rows, d, budget)[0]
+        alike = bisect_right(ascending, -ALIKE * rows) - first
+        some = order[first : first + min(block, max(alike, block // SMALLEST, 1))]
+        yield some, rows
+        first += len(some)
 
 
 def momentum_direction(hidden: Tensor, slots: Tensor, p: Tensor, q: Tensor, adam: Adam) -> Tensor:
@@ -98,11 +132,13 @@ def adam_shifts(
     p: Tensor,
     q: Tensor,
     adam: Adam,
+    sizes: Tensor | None = None,
     tile: tuple[int, int, int] = (ROWS, COLUMNS, WARPS),
 ) -> tuple[Tensor, Tensor]:
     """s and Var_π(v), two [N] tensors in float32, by Triton: what `adam_direction` and `shifts_along` come to.
 
     advantages [N]; u, pi and slots [N, k]; missing_mass [N], the rest of π, where v counts as 0. Writes only [N].
+    sizes [N]: how many of the first entries of each token count; None: all.
     `tile`: `ROWS`, `COLUMNS` and `WARPS` of a program.
     """
     tokens, k = u.shape
@@ -112,6 +148,7 @@ def adam_shifts(
     if tokens:
         _adam_shifts[(tokens,)](
             *(tensor.contiguous() for tensor in (advantages, u, pi, missing_mass, hidden, slots, p, q)),
+            u if sizes is None else sizes.contiguous(),
             s,
             c,
             k,
@@ -122,6 +159,7 @@ def adam_shifts(
             adam.beta2,
             1 - adam.beta2,
             adam.eps,
+            RAGGED=sizes is not None,
             ROWS=min(rows, triton.next_power_of_2(k)),
             COLUMNS=min(columns, triton.next_power_of_2(hidden.shape[1])),
             num_warps=warps,
@@ -139,6 +177,7 @@ def _adam_shifts(
     slots,
     p,
     q,
+    sizes,
     s_out,
     c_out,
     k,
@@ -149,6 +188,7 @@ def _adam_shifts(
     beta2,
     rest2,
     eps,
+    RAGGED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -160,19 +200,20 @@ def _adam_shifts(
     mass = tl.load(missing_mass + token).to(tl.float32)
     mean = 0.0
     spread = 0.0
-    for first in range(0, k, ROWS):
+    size = tl.load(sizes + token) if RAGGED else k
+    for first in range(0, size, ROWS):
         row = first + tl.arange(0, ROWS)
         entry = token * k + row
-        u_row = tl.load(u + entry, mask=row < k, other=0.0).to(tl.float32)
-        pi_row = tl.load(pi + entry, mask=row < k, other=0.0).to(tl.float32)
-        base = tl.load(slots + entry, mask=row < k, other=0).to(tl.int64) * d
+        u_row = tl.load(u + entry, mask=row < size, other=0.0).to(tl.float32)
+        pi_row = tl.load(pi + entry, mask=row < size, other=0.0).to(tl.float32)
+        base = tl.load(slots + entry, mask=row < size, other=0).to(tl.int64) * d
         score = advantage * u_row
         v = tl.zeros((ROWS,), dtype=tl.float32)
         for start in range(0, d, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             h = tl.load(hidden + token * d + column, mask=column < d, other=0.0).to(tl.float32)
             at = base[:, None] + column[None, :]
-            inside = (row < k)[:, None] & (column < d)[None, :]
+            inside = (row < size)[:, None] & (column < d)[None, :]
             g = score[:, None] * h[None, :]
             p_new = beta1 * tl.load(p + at, mask=inside, other=0.0).to(tl.float32) + rest1 * g
             q_new = beta2 * tl.load(q + at, mask=inside, other=0.0).to(tl.float32) + rest2 * g * g
