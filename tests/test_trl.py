@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
+from capo_rl.planning.updates import Moved
 from conftest import make_model, wants_even_words
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
@@ -313,7 +314,7 @@ def test_a_step_recomputed_from_adams_state_is_the_copied_one(build):
 
 
 def test_the_default_steers_the_learning_rate_and_leaves_no_update_above_the_budget(build):
-    settings = {"capo_mode": "trust_region", "max_steps": 30, "capo_kl_budget": 1e-2}
+    settings = {"capo_mode": "trust_region", "max_steps": 30, "capo_kl_budget": 1e-2, "capo_watch": True}
     free = logs(build(capo_mode="monitor", max_steps=30, capo_kl_every=1))
     held = logs(build(**settings))
     assert max(entry["capo/kl/measured"] for entry in free) > 1e-2
@@ -355,14 +356,14 @@ def test_a_step_of_momentum_alone_teaches_the_control_nothing(build):
 
 def test_ten_steps_undone_in_a_row_are_told(build, caplog):
     trainer = build(capo_mode="trust_region", max_steps=12)
-    trainer._measure_kl = lambda: (math.inf, (torch.ones(2), torch.ones(2)))
+    trainer._measure_kl = lambda: Moved(math.inf, torch.ones(2))
     entries = logs(trainer)
     assert all(entry["capo/kl/fraction"] == 0 for entry in entries)
     assert "10 steps in a row were over the budget of 0.005 nats" in caplog.text
 
 
 def test_kl_is_sampled_where_the_advantages_are_largest(build):
-    trainer = build(capo_mode="trust_region", capo_kl_sample=0.5, max_steps=1)
+    trainer = build(capo_mode="trust_region", capo_watch=True, capo_kl_sample=0.5, max_steps=1)
     seen = []
     measure = trainer._measure_kl
 

@@ -19,7 +19,7 @@ GROUPS = {
     "the budget: how far an update may move the policy": (
         *("capo_kl_budget", "capo_kl_control", "capo_kl_start", "capo_kl_sample", "capo_kl_every"),
     ),
-    "the records": ("capo_tokens_every",),
+    "the records": ("capo_watch", "capo_tokens_every"),
 }
 
 

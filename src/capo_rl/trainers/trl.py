@@ -36,9 +36,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.head import Head
+from capo_rl.curvature.last_layer import LastLayer
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
-from capo_rl.planning.planner import MicroBatch, Planner
+from capo_rl.planning.planner import Planner
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import (
     Backtracking,
@@ -49,6 +50,7 @@ from capo_rl.planning.trust_region import (
     check_recomputable,
     way_back,
 )
+from capo_rl.planning.updates import Moved, Updates, marked
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
 from capo_rl.runs.models import check_head
@@ -87,12 +89,13 @@ class CAPOTrainer(GRPOTrainer):
 
     Its only change to training is the length of the step and, with `capo_mode="mask"`, what is in it:
 
-        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`)
+        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`); nothing is predicted
+                       unless `capo_watch` asks for it
         mask           rejected tokens get an advantage of zero, and denominators count accepted tokens
                        (`selection.accepted_mean`); a step with every token rejected is skipped; with `capo_share` the
                        step is multiplied by the accepted tokens' share (`share.Share`)
         shorten        no token is left out, and the step is multiplied by that share
-        monitor        computes and logs the same and changes nothing
+        monitor        computes and logs the same as `mask` and changes nothing
         off            TRL
 
     In the modes that change the run a step whose gradient is not finite is skipped. In every mode a reward function
@@ -131,7 +134,7 @@ class CAPOTrainer(GRPOTrainer):
     def _watch(self) -> None:
         """Set up what selection needs beside TRL's own."""
         args = self.args
-        self.planner: Planner | None = None
+        self.updates: Updates | None = None  # none in `off`
         self._completions = 0
         self._norm: float | None = None  # of the coming step's gradient, before clipping
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
@@ -161,19 +164,25 @@ class CAPOTrainer(GRPOTrainer):
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
-            self._fit = self._known_fit()
-            self.planner = Planner(
-                _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
-                args.thresholds,
-                temperature=args.temperature,
-                top_k=args.capo_top_k,
-                fisher=args.capo_fisher,
-                max_missing_mass=args.capo_max_missing_mass,
-                soft=args.capo_soft,
-                penalty=args.capo_penalty,
-                translated=args.capo_units == "translated",
-                share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
-            )
+            supports: Any = {
+                "temperature": args.temperature,
+                "top_k": args.capo_top_k,
+                "max_missing_mass": args.capo_max_missing_mass,
+            }
+            if args.predicts:
+                self._fit = self._known_fit()
+                self.updates = Planner(
+                    _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
+                    args.thresholds,
+                    fisher=args.capo_fisher,
+                    soft=args.capo_soft,
+                    penalty=args.capo_penalty,
+                    translated=args.capo_units == "translated",
+                    share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
+                    **supports,
+                )
+            else:
+                self.updates = Updates(**supports)
             self.add_callback(_AroundTheStep(self))
         if self._recomputes and self.optimizer is not None:
             check_recomputable(self._optimizer())
@@ -185,6 +194,11 @@ class CAPOTrainer(GRPOTrainer):
             )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+
+    @property
+    def planner(self) -> Planner | None:
+        """What predicts the coming step, where anything does (`CAPOConfig.predicts`)."""
+        return self.updates if isinstance(self.updates, Planner) else None
 
     def _check_loss(self) -> None:
         """A mask is written into the advantages, one a token, which only GRPOTrainer's own loss is known to read."""
@@ -206,7 +220,8 @@ class CAPOTrainer(GRPOTrainer):
 
     def _follow_optimizer(self) -> None:
         """Take the step model's constants from the optimizer that was made, and see that it is what it was to be."""
-        assert self.planner is not None
+        if self.planner is None:
+            return
         args, step, optimizer = self.args, self.planner.step, self._optimizer()
         if self.is_deepspeed_enabled:
             return  # its optimizer is a wrapper of its own kind
@@ -299,7 +314,7 @@ class CAPOTrainer(GRPOTrainer):
     # ---- the loss: shifts and selection between log-probabilities and advantages --------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self.planner is None or not self.model.training:
+        if self.updates is None or not self.model.training:
             return super()._compute_loss(model, inputs)
         self._unplanned = inputs = dict(inputs)  # buffered inputs are used again when num_iterations > 1
         loss = super()._compute_loss(model, inputs)
@@ -332,29 +347,38 @@ class CAPOTrainer(GRPOTrainer):
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         after = _random_state(self._devices(model)) if measured else []
-        self._select(model, inputs, mask, hidden[0], logps)
         if measured:
             random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-            self._remember(score, mask, before if random else None)
+            self._remember(score, mask, self._advantages(inputs, mask), before if random else None)
+        self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
 
     def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
         """Plan the micro-batch, write its verdicts into `inputs`, and watch for the weights the loss gives it."""
-        assert self.planner is not None
-        advantages = inputs["advantages"]
-        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
-        planned = self.planner.plan(
+        assert self.updates is not None
+        planner, head = self.planner, self._head(model)
+        if planner is None:
+            sample = self._forwards[-1].sample
+            sampled = marked(mask, sample)
+            seen = self.updates.look(hidden[sampled], head, inputs["completion_ids"][sampled], sample)
+            self._check_log_probs(seen.layer, logps.detach()[sampled], hidden.dtype)
+            seen.watch(logps, mask, self._loss_scale())
+            return
+        advantages = self._advantages(inputs, mask)
+        planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
+        planned = planner.plan(
             hidden[mask],
-            self._head(model),
+            head,
             inputs["completion_ids"][mask],
             advantages[mask],
             self._subsets(inputs, mask),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
+            # as where nothing is predicted, and the KL is the same number
+            self._forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
         )
-        self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
+        self._check_log_probs(planned.layer, logps.detach()[mask], hidden.dtype)
 
         planned.watch(logps, mask, self._loss_scale())
         if self.args.capo_mode != "mask":
@@ -380,6 +404,12 @@ class CAPOTrainer(GRPOTrainer):
 
         written.register_hook(check_written)
         logps.register_hook(check_rejected)
+
+    @staticmethod
+    def _advantages(inputs: dict[str, Any], mask: Tensor) -> Tensor:
+        """TRL's, one for each token [B, T]."""
+        advantages = inputs["advantages"]
+        return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
@@ -408,8 +438,8 @@ class CAPOTrainer(GRPOTrainer):
         # subsets without a token would be averages over nothing
         return of_sequence[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
 
-    def _check_log_probs(self, planned: MicroBatch, logps: Tensor, dtype: torch.dtype) -> None:
-        error = (planned.layer.log_pi_a - logps).abs()
+    def _check_log_probs(self, layer: LastLayer, logps: Tensor, dtype: torch.dtype) -> None:
+        error = (layer.log_pi_a - logps).abs()
         error = error[error.isfinite()]
         half = dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
         if len(error) and error.mean() > (_LOGP_TOLERANCE_HALF if half else _LOGP_TOLERANCE):
@@ -498,7 +528,7 @@ class CAPOTrainer(GRPOTrainer):
 
     def _gradient_is_finite(self) -> bool:
         """Whether the coming step's gradient has neither NaN nor infinity, in any process."""
-        assert self.planner is not None
+        assert self.updates is not None
         if self.is_deepspeed_enabled:
             return not self.accelerator.optimizer_step_was_skipped  # it looked by itself, and has taken the step
         if self._norm is not None:
@@ -509,7 +539,7 @@ class CAPOTrainer(GRPOTrainer):
             shards = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
             norms = [torch.linalg.vector_norm(shard, dtype=torch.float32).to(self.args.device) for shard in shards]
             finite = not norms or bool(torch.stack(norms).isfinite().all())
-        return not self.planner.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
+        return not self.updates.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
 
     def _clip(self, finite: bool) -> float:
         """What clipping multiplied the gradient by, as the optimizer's moments see it."""
@@ -521,9 +551,9 @@ class CAPOTrainer(GRPOTrainer):
 
     def _before_step(self) -> None:
         """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
-        planner = self.planner
-        assert planner is not None
-        if not planner.micro_batches:
+        updates, planner = self.updates, self.planner
+        assert updates is not None
+        if not updates.micro_batches:
             raise RuntimeError(
                 f"{type(self).__name__}'s loss went around CAPOTrainer's, so no token was looked at: call "
                 "`super()._compute_loss`, or use capo_mode='off'"
@@ -533,36 +563,36 @@ class CAPOTrainer(GRPOTrainer):
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
         unusable = not finite and (changes or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
-        masked = self.args.capo_mode == "mask"
-        rejected = not unusable and masked and not self.is_deepspeed_enabled and planner.rejects_everything
+        masks = not unusable and self.args.capo_mode == "mask" and not self.is_deepspeed_enabled
+        rejected = masks and planner is not None and planner.rejects_everything
         # Without a token there is no KL to measure and none to hold to a budget, but momentum would move the weights.
-        self._empty = (self._to_measure or self._budget is not None) and planner.is_empty
+        self._empty = (self._to_measure or self._budget is not None) and updates.is_empty
         unbounded = self._empty and self._budget is not None and not self.is_deepspeed_enabled
         self._skipped = unusable or rejected or unbounded
         if self._skipped:
             if changes and not self.is_deepspeed_enabled:
                 # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
                 self.model.zero_grad(set_to_none=True)
-            figures = planner.skip(self._to_log, nonfinite=unusable)
+            figures = updates.skip(self._to_log, nonfinite=unusable)
         else:
             # Gradients are averaged over processes after the weights were read off.
-            figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
-            if planner.share is not None and changes:
+            figures = updates.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
+            if planner is not None and planner.share is not None and changes:
                 share = planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
                     figures["capo/kl/predicted"] *= share**2
             # asked only where a control learns from it: it costs a reduction over processes
-            self._informative = self._budget is None or planner.has_gradient
+            self._informative = self._budget is None or updates.has_gradient
         self._norm = None
         if self._region is not None:
             if not self._skipped and not self.is_deepspeed_enabled:
                 if self._budget is not None and not self._noise_known:
                     self._noise_known = True
-                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl()[0])
+                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl().mean)
                 self._scale = self._region.before_step(share)
             figures["capo/learning_rate"] = self._region.lr()
-        figures["capo/steps_skipped"] = float(planner.steps_skipped)
-        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
+        figures["capo/steps_skipped"] = float(updates.steps_skipped)
+        figures["capo/steps_skipped/nonfinite"] = float(updates.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
@@ -573,32 +603,32 @@ class CAPOTrainer(GRPOTrainer):
 
     def _start(self) -> None:
         """Forget what a training that was broken off in the middle of a step has left."""
-        assert self.planner is not None
+        assert self.updates is not None
         if self._recomputes:
             check_recomputable(self._optimizer())
         self._follow_optimizer()
         if self._region is not None:
             self._region.restore()
         self._region = TrustRegion(self._optimizer(), self._budget) if self.args.changes_the_run else None
-        self.planner.clear()
+        self.updates.clear()
         self._forwards.clear()
         self._rollouts.clear()
         self._unplanned = self._norm = None
 
     def _end(self) -> None:
         """Say so where most of the run's steps were left out."""
-        planner, steps = self.planner, self.state.global_step
-        assert planner is not None
-        if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
+        updates, steps = self.updates, self.state.global_step
+        assert updates is not None
+        if 2 * updates.steps_skipped > steps and self.is_world_process_zero():
             logger.warning(
                 "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
                 "token that had an advantage was rejected (or, under a KL budget, all completions were masked out), so "
                 "most of this run trained nothing: raise "
                 "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
                 "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
-                planner.steps_skipped,
+                updates.steps_skipped,
                 steps,
-                planner.steps_nonfinite,
+                updates.steps_nonfinite,
             )
 
     def _has_scaler(self) -> bool:
@@ -606,17 +636,17 @@ class CAPOTrainer(GRPOTrainer):
 
     def _after_step(self) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
-        planner = self.planner
-        assert planner is not None
+        updates = self.updates
+        assert updates is not None
         if self._budget is not None or self._to_measure:
             synchronise(self.accelerator.device)  # the optimizer's step is not part of the measurement
         start = time.perf_counter()
-        tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
+        moved: Moved | None = None  # when last measured
 
         def measure_kl() -> float:
-            nonlocal tokens
-            kl, tokens = self._measure_kl()
-            return kl
+            nonlocal moved
+            moved = self._measure_kl()
+            return moved.mean
 
         figures: dict[str, float] = {}
         if self.args.changes_the_run:
@@ -632,41 +662,42 @@ class CAPOTrainer(GRPOTrainer):
             figures["capo/kl/fraction"] = update.fraction
         elif self._to_measure:
             figures["capo/kl/measured"] = measure_kl()
-        if tokens is not None:
-            figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
+        if moved is not None:
+            if moved.m_f is not None:
+                figures["capo/kl/rank_correlation"] = rank_correlation(moved.kl, moved.m_f)
             figures["capo/kl/seconds"] = time.perf_counter() - start
-        self._record_tokens(planner)
-        if planner.processes.count > 1:
-            figures["capo/bytes"] = float(planner.processes.take_bytes())
-        self._record(figures | {"capo/seconds": planner.clear()})
+        self._record_tokens()
+        if updates.processes.count > 1:
+            figures["capo/bytes"] = float(updates.processes.take_bytes())
+        self._record(figures | {"capo/seconds": updates.clear()})
         self._forwards.clear()
 
-    def _measure_kl(self) -> tuple[float, tuple[Tensor, Tensor]]:
-        """The mean KL over the sampled tokens from the policy before the step to that of the weights now; and each
-        token's KL and m_F."""
-        assert self.planner is not None
+    def _measure_kl(self) -> Moved:
+        """How far the weights as they are now are from the policy before the step, on the sampled tokens."""
+        assert self.updates is not None
         self._reshard()
-        sample = [forward.sample for forward in self._forwards]
-        mean, *tokens = self.planner.measured_kl(self._hidden_now, self._head(self.model_wrapped), sample)
-        return mean, (tokens[0], tokens[1])
+        head = self._head(self.model_wrapped)
+        if self.planner is None:
+            return self.updates.measured_kl(self._hidden_now, head)
+        return self.planner.measured_kl(self._hidden_now, head, [forward.sample for forward in self._forwards])
 
-    def _record_tokens(self, planner: Planner) -> None:
+    def _record_tokens(self) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
         args, step = self.args, self.state.global_step
         every = args.capo_tokens_every
         if every is not None and step % every == 0 and self.is_world_process_zero():
             judged_by = {"mode": args.capo_mode, "granularity": args.capo_granularity}
-            write_step(args.output_dir, step_tokens(step, planner, self._rollouts, **judged_by))
+            assert self.planner is not None
+            write_step(args.output_dir, step_tokens(step, self.planner, self._rollouts, **judged_by))
         self._rollouts.clear()
 
-    def _remember(self, score: partial[Any], mask: Tensor, random: list[Tensor] | None) -> None:
+    def _remember(self, score: partial[Any], mask: Tensor, advantages: Tensor, random: list[Tensor] | None) -> None:
         """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured.
 
         `random` is where the generators stood before the loss's forward, if that drew from them (dropout, noise on
         embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
         micro-batch is run, and the sample is taken from its tokens.
         """
-        assert self.planner is not None
         rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
@@ -678,8 +709,7 @@ class CAPOTrainer(GRPOTrainer):
             # sake, since with shards all processes have to take part. The gradient moves most what it was made of, so
             # those with the largest advantages are taken: the estimate is rather too large than too small.
             rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-            size = torch.zeros(mask.shape, device=mask.device)
-            size[mask] = self.planner.micro_batches[-1].advantages.abs().float()
+            size = advantages.abs().float().where(mask, 0)
             largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
             rows = rows[largest[: max(1, round(sample * len(rows)))]].sort().values
         sampled = torch.zeros_like(mask)
@@ -777,15 +807,19 @@ class CAPOTrainer(GRPOTrainer):
             "completions": self._completions,
             "micro_steps": self._step,
             "processes": self.accelerator.num_processes,
+            "predicts": self.planner is not None,
         }
+        if self.updates is not None:
+            counters |= {
+                "steps_skipped": self.updates.steps_skipped,
+                "steps_nonfinite": self.updates.steps_nonfinite,
+                "budget": {} if self._budget is None else self._budget.state_dict(),
+                "noise_known": self._noise_known,
+            }
         if self.planner is not None:
             tensors = self.planner.step.state_dict()
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
-                "steps_skipped": self.planner.steps_skipped,
-                "steps_nonfinite": self.planner.steps_nonfinite,
-                "budget": {} if self._budget is None else self._budget.state_dict(),
-                "noise_known": self._noise_known,
                 "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
         _save(Path(output_dir, STATE_FILE), tensors, counters)
@@ -805,13 +839,17 @@ class CAPOTrainer(GRPOTrainer):
             )
         tensors, counters = _load(path, self.accelerator.device)
         self._completions, self._step = counters["completions"], counters["micro_steps"]
-        if self.planner is not None:
-            self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
-            self.planner.steps_skipped = counters.get("steps_skipped", 0)
-            self.planner.steps_nonfinite = counters.get("steps_nonfinite", 0)
+        if self.updates is not None:
+            self.updates.steps_skipped = counters.get("steps_skipped", 0)
+            self.updates.steps_nonfinite = counters.get("steps_nonfinite", 0)
             self._noise_known = counters.get("noise_known", False)
             if self._budget is not None and (kept := counters.get("budget")):
                 self._budget.load_state_dict(kept)
+        predicted = counters.get("predicts", True)
+        if self.planner is not None and not predicted and self.args.capo_mode not in DECIDING:
+            logger.warning("%s has no moments of a step model: they start from zero, and are off for a while", path)
+        elif self.planner is not None:
+            self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             if self.planner.share is not None and (kept := counters.get("share")):
                 self.planner.share.load_state_dict(kept)
             self.planner.step.load_state_dict(tensors)
