@@ -154,7 +154,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     seen = {}
 
     def full_log_policy():
-        forward, mask = trainer._forwards[0].run, trainer._forwards[0].mask
+        forward, mask = trainer._measuring.forwards[0].run, trainer._measuring.forwards[0].mask
         ids, length = forward.keywords["input_ids"], mask.shape[1]
         logits = trainer.model(input_ids=ids, attention_mask=forward.keywords["attention_mask"]).logits
         return (logits[:, :-1][:, -length:][mask] / trainer.args.temperature).log_softmax(-1).detach()
@@ -177,7 +177,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
 def test_measured_kl_is_the_same_through_the_scoring_of_trl(build, monkeypatch, sample):
     """As where the model is in shards, and only its wrapper can run it."""
     own = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
-    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.measuring._WHOLE", ())
     scored = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
     assert [entry["capo/kl/measured"] for entry in own] == [entry["capo/kl/measured"] for entry in scored]
     assert own[0]["capo/kl/measured"] > 0
@@ -369,7 +369,10 @@ def test_kl_is_sampled_where_the_advantages_are_largest(build):
 
     def spy():
         seen.append(
-            [(forward.sample, batch) for forward, batch in zip(trainer._forwards, planner.micro_batches, strict=True)]
+            [
+                (forward.sample, batch)
+                for forward, batch in zip(trainer._measuring.forwards, planner.micro_batches, strict=True)
+            ]
         )
         return measure()
 
@@ -820,7 +823,9 @@ def test_a_training_broken_off_in_the_middle_of_a_step_leaves_nothing_to_the_nex
         return losses[-1]
 
     trainer._compute_loss = interrupted
-    trainer.add_callback(Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._forwards)))))
+    trainer.add_callback(
+        Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._measuring.forwards))))
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
@@ -872,7 +877,7 @@ def test_kl_is_measured_with_the_random_numbers_of_the_loss(build, kind, more):
 
 
 def test_kl_is_measured_with_the_random_numbers_of_the_loss_through_the_scoring_of_trl(build, monkeypatch):
-    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.measuring._WHOLE", ())
     test_kl_is_measured_with_the_random_numbers_of_the_loss(build, "attention_dropout", {})
 
 

@@ -12,27 +12,22 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.head import Head
@@ -54,25 +49,18 @@ from capo_rl.planning.updates import Moved, Updates, marked
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
 from capo_rl.runs.models import check_head
-from capo_rl.runs.records import versions, written_whole
+from capo_rl.runs.records import versions
 from capo_rl.runs.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.settings.config import CAPOConfig
-
-STATE_FILE = "capo_state.safetensors"
-# Rollouts that are still to be trained on, of each process its own.
-ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
+from capo_rl.trainers.measuring import Measuring
+from capo_rl.trainers.state import ROLLOUTS_FILE, STATE_FILE, load_rollouts, load_state, save_rollouts, save_state
 
 logger = logging.getLogger(__name__)
 
-# Arguments of TRL's scoring that are not the model's.
-_SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
 # What `optim` may be where Adam's step is recomputed.
 _RECOMPUTED = ("adamw_torch", "adamw_torch_fused")
 # Figures that count from the start of the run.
 _TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
-# Where every process has the whole model, which can then run without its wrapper.
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
@@ -136,22 +124,15 @@ class CAPOTrainer(GRPOTrainer):
         args = self.args
         self.updates: Updates | None = None  # none in `off`
         self._completions = 0
-        self._norm: float | None = None  # of the coming step's gradient, before clipping
+        self._coming = _Coming()
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
-        self._forwards: list[_Forward] = []  # to measure an update
-        self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
+        self._measuring = Measuring(self, args.capo_kl_sample)
         self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
-        self._scale = 1.0  # of the step's learning rate
         self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
-        self._skipped = False  # whether the last step was left out
-        self._empty = False  # whether it has no tokens to measure its KL on
         self._noise_known = False  # whether the KL of no step was measured
-        self._informative = True  # whether the coming step has a gradient of its own
-        self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
-        self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
         self._check_loss()
         entropy = getattr(args, "entropy_coef", 0.0) != 0 or getattr(args, "use_adaptive_entropy", False)
         if entropy and args.capo_mode in ("monitor", *DECIDING) and self.is_world_process_zero():
@@ -341,18 +322,16 @@ class CAPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        self._to_log, self._to_measure = self._due()
-        measured = self._to_measure or self._budget is not None
-        before = _random_state(self._devices(model)) if measured else []
+        self._coming.to_log, self._coming.to_measure = self._due()
+        measured = self._coming.to_measure or self._budget is not None
+        before = self._measuring.random_state(model) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
-        after = _random_state(self._devices(model)) if measured else []
         if measured:
-            random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-            self._remember(score, mask, self._advantages(inputs, mask), before if random else None)
+            self._measuring.remember(score, mask, self._advantages(inputs, mask), before)
         self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
-            self._rollouts.append((inputs, mask))
+            self._coming.rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
 
     def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
@@ -360,14 +339,14 @@ class CAPOTrainer(GRPOTrainer):
         assert self.updates is not None
         planner, head = self.planner, self._head(model)
         if planner is None:
-            sample = self._forwards[-1].sample
+            sample = self._measuring.forwards[-1].sample
             sampled = marked(mask, sample)
             seen = self.updates.look(hidden[sampled], head, inputs["completion_ids"][sampled], sample)
             self._check_log_probs(seen.layer, logps.detach()[sampled], hidden.dtype)
             seen.watch(logps, mask, self._loss_scale())
             return
         advantages = self._advantages(inputs, mask)
-        planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
+        planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._coming.scale
         planned = planner.plan(
             hidden[mask],
             head,
@@ -376,7 +355,7 @@ class CAPOTrainer(GRPOTrainer):
             self._subsets(inputs, mask),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
             # as where nothing is predicted, and the KL is the same number
-            self._forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
+            self._measuring.forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
         )
         self._check_log_probs(planned.layer, logps.detach()[mask], hidden.dtype)
 
@@ -457,13 +436,6 @@ class CAPOTrainer(GRPOTrainer):
             self._unwrapped = model, causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
         return self._unwrapped[1]
 
-    def _devices(self, model: Any) -> list[torch.device]:
-        """Where the model's random numbers come from: the CPU's generator, and that of each device it lies on."""
-        if self._generators is None:
-            used = {weight.device for weight in self._causal_lm(model).parameters()} | {self.accelerator.device}
-            self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
-        return self._generators
-
     @contextmanager
     def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
         """Collects the hidden states [B, T, d] that predict the last `logits_to_keep` tokens in a forward pass.
@@ -511,19 +483,20 @@ class CAPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        self._norm = None if norm is None else float(norm)
+        self._coming.norm = None if norm is None else float(norm)
         return norm
 
     def _begin_step(self) -> None:
         """Before the first micro-batch: what of the schedule's learning rate the coming step may have."""
+        self._coming = _Coming()
         if self._region is not None:
             if self.is_deepspeed_enabled:
                 self._region.before_step()
-            self._scale = self._region.scale
+            self._coming.scale = self._region.scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
-        self._norm = None if norm is None else float(norm)
+        self._coming.norm = None if norm is None else float(norm)
         return norm
 
     def _gradient_is_finite(self) -> bool:
@@ -531,8 +504,8 @@ class CAPOTrainer(GRPOTrainer):
         assert self.updates is not None
         if self.is_deepspeed_enabled:
             return not self.accelerator.optimizer_step_was_skipped  # it looked by itself, and has taken the step
-        if self._norm is not None:
-            finite = math.isfinite(self._norm)
+        if self._coming.norm is not None:
+            finite = math.isfinite(self._coming.norm)
         else:
             self.accelerator.unscale_gradients()  # as clipping would have
             gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
@@ -545,9 +518,9 @@ class CAPOTrainer(GRPOTrainer):
         """What clipping multiplied the gradient by, as the optimizer's moments see it."""
         if not finite:
             return math.nan
-        if self._norm is None or not self.args.max_grad_norm > 0:
+        if self._coming.norm is None or not self.args.max_grad_norm > 0:
             return 1.0
-        return min(1.0, self.args.max_grad_norm / (self._norm + 1e-6))
+        return min(1.0, self.args.max_grad_norm / (self._coming.norm + 1e-6))
 
     def _before_step(self) -> None:
         """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
@@ -566,30 +539,29 @@ class CAPOTrainer(GRPOTrainer):
         masks = not unusable and self.args.capo_mode == "mask" and not self.is_deepspeed_enabled
         rejected = masks and planner is not None and planner.rejects_everything
         # Without a token there is no KL to measure and none to hold to a budget, but momentum would move the weights.
-        self._empty = (self._to_measure or self._budget is not None) and updates.is_empty
-        unbounded = self._empty and self._budget is not None and not self.is_deepspeed_enabled
-        self._skipped = unusable or rejected or unbounded
-        if self._skipped:
+        self._coming.empty = (self._coming.to_measure or self._budget is not None) and updates.is_empty
+        unbounded = self._coming.empty and self._budget is not None and not self.is_deepspeed_enabled
+        self._coming.skipped = unusable or rejected or unbounded
+        if self._coming.skipped:
             if changes and not self.is_deepspeed_enabled:
                 # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
                 self.model.zero_grad(set_to_none=True)
-            figures = updates.skip(self._to_log, nonfinite=unusable)
+            figures = updates.skip(self._coming.to_log, nonfinite=unusable)
         else:
             # Gradients are averaged over processes after the weights were read off.
-            figures = updates.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
+            figures = updates.commit(self._clip(finite) / self.accelerator.num_processes, self._coming.to_log)
             if planner is not None and planner.share is not None and changes:
                 share = planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
                     figures["capo/kl/predicted"] *= share**2
             # asked only where a control learns from it: it costs a reduction over processes
-            self._informative = self._budget is None or updates.has_gradient
-        self._norm = None
+            self._coming.informative = self._budget is None or updates.has_gradient
         if self._region is not None:
-            if not self._skipped and not self.is_deepspeed_enabled:
+            if not self._coming.skipped and not self.is_deepspeed_enabled:
                 if self._budget is not None and not self._noise_known:
                     self._noise_known = True
                     figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl().mean)
-                self._scale = self._region.before_step(share)
+                self._coming.scale = self._region.before_step(share)
             figures["capo/learning_rate"] = self._region.lr()
         figures["capo/steps_skipped"] = float(updates.steps_skipped)
         figures["capo/steps_skipped/nonfinite"] = float(updates.steps_nonfinite)
@@ -611,9 +583,8 @@ class CAPOTrainer(GRPOTrainer):
             self._region.restore()
         self._region = TrustRegion(self._optimizer(), self._budget) if self.args.changes_the_run else None
         self.updates.clear()
-        self._forwards.clear()
-        self._rollouts.clear()
-        self._unplanned = self._norm = None
+        self._measuring.forwards.clear()
+        self._coming, self._unplanned = _Coming(), None
 
     def _end(self) -> None:
         """Say so where most of the run's steps were left out."""
@@ -638,7 +609,7 @@ class CAPOTrainer(GRPOTrainer):
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
         updates = self.updates
         assert updates is not None
-        if self._budget is not None or self._to_measure:
+        if self._budget is not None or self._coming.to_measure:
             synchronise(self.accelerator.device)  # the optimizer's step is not part of the measurement
         start = time.perf_counter()
         moved: Moved | None = None  # when last measured
@@ -650,17 +621,17 @@ class CAPOTrainer(GRPOTrainer):
 
         figures: dict[str, float] = {}
         if self.args.changes_the_run:
-            figures["capo/scale"] = self._scale
-        if self._skipped or self._empty:
+            figures["capo/scale"] = self._coming.scale
+        if self._coming.skipped or self._coming.empty:
             pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
             assert self._region is not None
-            update = self._region.after_step(measure_kl, self._informative)
+            update = self._region.after_step(measure_kl, self._coming.informative)
             assert update is not None
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
             figures["capo/kl/fraction"] = update.fraction
-        elif self._to_measure:
+        elif self._coming.to_measure:
             figures["capo/kl/measured"] = measure_kl()
         if moved is not None:
             if moved.m_f is not None:
@@ -670,16 +641,18 @@ class CAPOTrainer(GRPOTrainer):
         if updates.processes.count > 1:
             figures["capo/bytes"] = float(updates.processes.take_bytes())
         self._record(figures | {"capo/seconds": updates.clear()})
-        self._forwards.clear()
+        self._measuring.forwards.clear()
 
     def _measure_kl(self) -> Moved:
         """How far the weights as they are now are from the policy before the step, on the sampled tokens."""
         assert self.updates is not None
-        self._reshard()
+        self._measuring.reshard()
         head = self._head(self.model_wrapped)
         if self.planner is None:
-            return self.updates.measured_kl(self._hidden_now, head)
-        return self.planner.measured_kl(self._hidden_now, head, [forward.sample for forward in self._forwards])
+            return self.updates.measured_kl(self._measuring.hidden_now, head)
+        return self.planner.measured_kl(
+            self._measuring.hidden_now, head, [forward.sample for forward in self._measuring.forwards]
+        )
 
     def _record_tokens(self) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
@@ -688,71 +661,11 @@ class CAPOTrainer(GRPOTrainer):
         if every is not None and step % every == 0 and self.is_world_process_zero():
             judged_by = {"mode": args.capo_mode, "granularity": args.capo_granularity}
             assert self.planner is not None
-            write_step(args.output_dir, step_tokens(step, self.planner, self._rollouts, **judged_by))
-        self._rollouts.clear()
-
-    def _remember(self, score: partial[Any], mask: Tensor, advantages: Tensor, random: list[Tensor] | None) -> None:
-        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured.
-
-        `random` is where the generators stood before the loss's forward, if that drew from them (dropout, noise on
-        embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
-        micro-batch is run, and the sample is taken from its tokens.
-        """
-        rows = torch.arange(len(mask), device=mask.device)
-        inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
-        more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
-        sample = (
-            1.0 if more else self.args.capo_kl_sample
-        )  # of more inputs it is not known which belong to a completion
-        if sample < 1:
-            # Of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
-            # sake, since with shards all processes have to take part. The gradient moves most what it was made of, so
-            # those with the largest advantages are taken: the estimate is rather too large than too small.
-            rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-            size = advantages.abs().float().where(mask, 0)
-            largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
-            rows = rows[largest[: max(1, round(sample * len(rows)))]].sort().values
-        sampled = torch.zeros_like(mask)
-        sampled[rows] = mask[rows]
-        run_on = sampled
-        if sample < 1 and random is None:
-            inputs = {name: value[rows] for name, value in inputs.items()}
-            run_on = mask[rows]
-        if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:
-            # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
-            # together or may prepend the tokens of a tuned prompt.
-            run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
-        else:
-            run = partial(self._run_backbone, **inputs)
-        self._forwards.append(_Forward(run, run_on, sampled[mask], random))
-
-    def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
-        with self.accelerator.autocast():
-            self._causal_lm(model).base_model(**inputs, use_cache=False)
+            write_step(args.output_dir, step_tokens(step, self.planner, self._coming.rollouts, **judged_by))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-
-    def _hidden_now(self, micro_batch: int) -> Tensor:
-        """The hidden states of a micro-batch's tokens under the weights as they are now."""
-        forward = self._forwards[micro_batch]
-        with (
-            _random_numbers(self._devices(self.model_wrapped), forward.random),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
-        ):
-            forward.run(self.model_wrapped)
-        self._reshard()
-        return hidden[0][forward.mask]
-
-    def _reshard(self) -> None:
-        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
-        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            for module in self.model_wrapped.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
 
     def _record(self, figures: dict[str, float]) -> None:
         metrics = self._metrics["train"]
@@ -787,22 +700,18 @@ class CAPOTrainer(GRPOTrainer):
         process = self.accelerator.process_index
         # In the middle of a generation batch the rest of it is still to be trained on.
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            parts = {f"{i}.{name}": v for i, inputs in enumerate(self._buffered_inputs) for name, v in inputs.items()}
-            tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
-            others = {name: value for name, value in parts.items() if name not in tensors}
-            if lost := sorted({name.split(".", 1)[1] for name, value in others.items() if not _is_plain(value)}):
+            path = Path(output_dir, ROLLOUTS_FILE.format(process=process))
+            if lost := save_rollouts(path, self._buffered_inputs):
                 logger.warning(
                     "%s: completions that are still to be trained on have %s, which a checkpoint can't hold: a run "
                     "that goes on from here generates them anew",
                     output_dir,
                     ", ".join(lost),
                 )
-            else:
-                _save(Path(output_dir, ROLLOUTS_FILE.format(process=process)), tensors, others)
         if not self.args.should_save:
             return
         # The same in every process, so one of them writes it.
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         counters: dict[str, Any] = {
             "completions": self._completions,
             "micro_steps": self._step,
@@ -822,7 +731,7 @@ class CAPOTrainer(GRPOTrainer):
                 "accepted_tokens": self.planner.accepted_tokens,
                 "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
-        _save(Path(output_dir, STATE_FILE), tensors, counters)
+        save_state(Path(output_dir, STATE_FILE), tensors, counters)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -837,7 +746,7 @@ class CAPOTrainer(GRPOTrainer):
                 f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
                 "without resuming, pass the folder as the model"
             )
-        tensors, counters = _load(path, self.accelerator.device)
+        tensors, counters = load_state(path, self.accelerator.device)
         self._completions, self._step = counters["completions"], counters["micro_steps"]
         if self.updates is not None:
             self.updates.steps_skipped = counters.get("steps_skipped", 0)
@@ -865,23 +774,21 @@ class CAPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, ROLLOUTS_FILE.format(process=self.accelerator.process_index))
         if path.exists():
-            rollouts: dict[int, dict[str, Any]] = {}
-            tensors, others = _load(path, self.accelerator.device)
-            for name, value in (tensors | others).items():
-                i, key = name.split(".", 1)
-                rollouts.setdefault(int(i), {})[key] = value
-            self._buffered_inputs = [rollouts[i] for i in sorted(rollouts)]
+            self._buffered_inputs = load_rollouts(path, self.accelerator.device)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
-    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any."""
+@dataclass
+class _Coming:
+    """What is known of one optimizer step; each has its own."""
 
-    run: Callable[[nn.Module], Any]
-    mask: Tensor
-    sample: Tensor
-    random: list[Tensor] | None
+    to_log: bool = True  # whether its figures will be
+    to_measure: bool = True  # whether its KL is
+    scale: float = 1.0  # of the schedule's learning rate
+    norm: float | None = None  # of its gradient, before clipping
+    skipped: bool = False  # whether it was left out
+    empty: bool = False  # whether it has no tokens to measure its KL on
+    informative: bool = True  # whether it has a gradient of its own
+    rollouts: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # each micro-batch's inputs and mask
 
 
 class _AroundTheStep(TrainerCallback):
@@ -920,58 +827,6 @@ _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
     ),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
-
-
-def _save(path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-    with written_whole(path) as unfinished:
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            unfinished,
-            metadata={"counters": json.dumps(counters)},
-        )
-
-
-def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(file.metadata()["counters"])
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON gives the value back as it was."""
-    try:
-        return json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError):
-        return False
-
-
-def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    """Where each device's generator stands."""
-    return [
-        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-    ]
-
-
-def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
-    for device, state in zip(devices, states, strict=True):
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
-    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
-    move the random numbers that training draws from."""
-    before = _random_state(devices)
-    try:
-        if start is not None:
-            _set_random_state(devices, start)
-        yield
-    finally:
-        _set_random_state(devices, before)
 
 
 def _check_columns(*datasets: Any) -> None:
