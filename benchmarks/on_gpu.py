@@ -370,6 +370,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "CAPO, monitor": {"capo_mode": "monitor"},
     "CAPO, mask": {"capo_mode": "mask"},
     "CAPO, trust region": {"capo_mode": "trust_region"},
+    "CAPO, trust region, watched": {"capo_mode": "trust_region", "capo_watch": True},
 }
 WARM_UP, STEPS, LOGGED = 3, 12, 3  # steps that are not counted, all steps, and which are logged: every so many
 LOGGED_BY_DEFAULT = 10

@@ -1,4 +1,4 @@
-"""A training step of TRL's GRPO beside one of CAPO: off, monitor, mask, and the default, taking turns.
+"""A training step of TRL's GRPO beside one of CAPO: off, monitor, mask, and the default, watched or not, taking turns.
 
     python benchmarks/step.py recipes/quickstart.yaml [--steps 60] [--rounds 4] [--set logging_steps=10 ...]
 
@@ -37,6 +37,7 @@ from capo_rl.settings.recipe import read_recipe
 from capo_rl.trainers.train import make_trainer
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None, "capo_kl_budget": None}
+FREE = {"capo_kl_budget": 1e9, "capo_kl_start": 1.0}  # a budget that is out of reach
 TRL = "TRL's GRPOTrainer"
 MODES: dict[str, dict[str, Any] | None] = {
     TRL: None,
@@ -45,7 +46,8 @@ MODES: dict[str, dict[str, Any] | None] = {
     "CAPO, mask, KL never measured": {"capo_mode": "mask", "capo_share": False, "capo_kl_every": 10**9},
     "CAPO, mask": {"capo_mode": "mask", "capo_share": False, "capo_kl_every": 10},  # as TRL logs by default
     "CAPO, mask with the share": {"capo_mode": "mask", "capo_kl_every": 10},
-    "CAPO, default": {"capo_mode": "trust_region", "capo_kl_budget": 1e9, "capo_kl_start": 1.0},
+    "CAPO, default": {"capo_mode": "trust_region", "capo_watch": False, **FREE},
+    "CAPO, default, watched": {"capo_mode": "trust_region", "capo_watch": True, **FREE},
 }
 UNITS = ("clock", "processor")
 WARM_UP = 2  # steps that fill caches and moments

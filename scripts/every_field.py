@@ -49,6 +49,7 @@ BASE: dict[str, Any] = {
     "max_prompt_length": 64,
     "seed": 0,
     "capo_mode": "trust_region",
+    "capo_watch": True,
     "capo_max_missing_mass": 1.0,
     "num_generations": 4,
     "loss_type": "grpo",

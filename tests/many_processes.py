@@ -110,6 +110,8 @@ def train(folder: str, settings: dict) -> None:
 
     def spy(model, inputs, mask, *rest):
         select(model, inputs, mask, *rest)
+        if trainer.planner is None:
+            return  # nothing is predicted
         planned = trainer.planner.micro_batches[-1]
         lengths = mask.sum(1).tolist()
         columns = (inputs["completion_ids"][mask], planned.keep, planned.shifts.m_f)

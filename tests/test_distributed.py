@@ -99,7 +99,7 @@ def test_ddp_is_one_process(tmp_path, loss_type):
 
 
 def test_the_default_is_one_process_too(tmp_path):
-    settings = SOME | {"capo_mode": "trust_region", "capo_kl_start": 1.0, "capo_kl_budget": 0.1}
+    settings = SOME | {"capo_mode": "trust_region", "capo_watch": True, "capo_kl_start": 1.0, "capo_kl_budget": 0.1}
     (one,) = run(tmp_path, 1, **settings)
     check_equal(one, run(tmp_path, 2, **settings))
     assert min(step["capo/scale"] for step in one["figures"] if "capo/scale" in step) < 1

@@ -180,6 +180,7 @@ RAISED = {
     "is a share of the learning rate: give it in (0, 1]": setting(capo_kl_start=0.0),
     "must be at least 1, or null for never": setting(capo_tokens_every=0),
     "looks at none": setting(capo_tokens_every=1, capo_mode="off"),
+    "computes none by itself": setting(capo_tokens_every=1, capo_mode="trust_region"),
     "both take the mask's place": setting(capo_soft=True, capo_penalty=1.0),
     "is for the shifts of single tokens under Adam": setting(capo_units="translated", capo_granularity="group"),
     "weigh tokens one by one": setting(capo_soft=True, capo_granularity="sequence"),

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from capo_rl import CAPOTrainer
-from capo_rl.trainers.trl import ROLLOUTS_FILE, STATE_FILE
+from capo_rl.trainers.state import ROLLOUTS_FILE, STATE_FILE
 
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
 
 
 def final(trainer) -> dict[str, torch.Tensor]:
     tensors = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    tensors["completions"] = torch.tensor(trainer._completions)
     if trainer.planner is not None:
         tensors |= trainer.planner.step.state_dict()
-        tensors["counts"] = torch.tensor([trainer._completions, trainer.planner.accepted_tokens])
+        tensors["accepted"] = torch.tensor(trainer.planner.accepted_tokens)
     return tensors
 
 
@@ -31,6 +32,7 @@ def final(trainer) -> dict[str, torch.Tensor]:
         {"capo_mode": "mask", "num_iterations": 3, "capo_kl_budget": 1e-3, "capo_kl_control": "copy"},
         {"capo_mode": "mask", "capo_kl_budget": 1e-3, "capo_kl_control": "optimizer"},
         {"capo_mode": "trust_region"},
+        {"capo_mode": "trust_region", "capo_watch": True},
         {"capo_mode": "mask", "capo_share": True},
         {"capo_mode": "shorten", "capo_kl_budget": 1e-3},
         {"capo_mode": "mask", "steps_per_generation": 6, "capo_granularity": "group"},

@@ -57,7 +57,7 @@ def test_momentum_and_amsgrad_are_seen():
 @pytest.mark.parametrize("mode", ["mask", "monitor", "trust_region"])
 def test_the_optimizers_own_is_the_default(build, caplog, optim, step, mode):
     with caplog.at_level(logging.WARNING):
-        trainer = build(optim=optim, capo_mode=mode)
+        trainer = build(optim=optim, capo_mode=mode, capo_watch=True)
     assert isinstance(trainer.planner.step, step)
     assert not told(caplog)
 
@@ -83,7 +83,7 @@ def test_where_none_fits_modes_that_decide_by_it_are_refused(build, caplog, sett
     for mode in ("monitor", "trust_region"):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            build(capo_mode=mode, **settings, max_steps=1).train()
+            build(capo_mode=mode, capo_watch=True, **settings, max_steps=1).train()
         assert told(caplog).count("neither Adam's step nor SGD's") == 1
     build(capo_mode="off", **settings)
 

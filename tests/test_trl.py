@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
+from capo_rl.planning.updates import Moved
 from conftest import make_model, wants_even_words
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
@@ -153,7 +154,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     seen = {}
 
     def full_log_policy():
-        forward, mask = trainer._forwards[0].run, trainer._forwards[0].mask
+        forward, mask = trainer._measuring.forwards[0].run, trainer._measuring.forwards[0].mask
         ids, length = forward.keywords["input_ids"], mask.shape[1]
         logits = trainer.model(input_ids=ids, attention_mask=forward.keywords["attention_mask"]).logits
         return (logits[:, :-1][:, -length:][mask] / trainer.args.temperature).log_softmax(-1).detach()
@@ -176,7 +177,7 @@ def test_measured_kl_is_that_of_the_whole_model(build):
 def test_measured_kl_is_the_same_through_the_scoring_of_trl(build, monkeypatch, sample):
     """As where the model is in shards, and only its wrapper can run it."""
     own = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
-    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.measuring._WHOLE", ())
     scored = logs(build(capo_mode="monitor", capo_kl_sample=sample, max_steps=2))
     assert [entry["capo/kl/measured"] for entry in own] == [entry["capo/kl/measured"] for entry in scored]
     assert own[0]["capo/kl/measured"] > 0
@@ -314,7 +315,7 @@ def test_a_step_recomputed_from_adams_state_is_the_copied_one(build):
 
 
 def test_the_default_steers_the_learning_rate_and_leaves_no_update_above_the_budget(build):
-    settings = {"capo_mode": "trust_region", "max_steps": 30, "capo_kl_budget": 1e-2}
+    settings = {"capo_mode": "trust_region", "max_steps": 30, "capo_kl_budget": 1e-2, "capo_watch": True}
     free = logs(build(capo_mode="monitor", max_steps=30, capo_kl_every=1))
     held = logs(build(**settings))
     assert max(entry["capo/kl/measured"] for entry in free) > 1e-2
@@ -356,20 +357,23 @@ def test_a_step_of_momentum_alone_teaches_the_control_nothing(build):
 
 def test_ten_steps_undone_in_a_row_are_told(build, caplog):
     trainer = build(capo_mode="trust_region", max_steps=12)
-    trainer._measure_kl = lambda: (math.inf, (torch.ones(2), torch.ones(2)))
+    trainer._measure_kl = lambda: Moved(math.inf, torch.ones(2))
     entries = logs(trainer)
     assert all(entry["capo/kl/fraction"] == 0 for entry in entries)
     assert "10 steps in a row were over the budget of 0.005 nats" in caplog.text
 
 
 def test_kl_is_sampled_where_the_advantages_are_largest(build):
-    trainer = build(capo_mode="trust_region", capo_kl_sample=0.5, max_steps=1)
+    trainer = build(capo_mode="trust_region", capo_watch=True, capo_kl_sample=0.5, max_steps=1)
     seen = []
     measure = trainer._measure_kl
 
     def spy():
         seen.append(
-            [(forward.sample, batch) for forward, batch in zip(trainer._forwards, planner.micro_batches, strict=True)]
+            [
+                (forward.sample, batch)
+                for forward, batch in zip(trainer._measuring.forwards, planner.micro_batches, strict=True)
+            ]
         )
         return measure()
 
@@ -820,7 +824,9 @@ def test_a_training_broken_off_in_the_middle_of_a_step_leaves_nothing_to_the_nex
         return losses[-1]
 
     trainer._compute_loss = interrupted
-    trainer.add_callback(Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._forwards)))))
+    trainer.add_callback(
+        Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._measuring.forwards))))
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
@@ -872,7 +878,7 @@ def test_kl_is_measured_with_the_random_numbers_of_the_loss(build, kind, more):
 
 
 def test_kl_is_measured_with_the_random_numbers_of_the_loss_through_the_scoring_of_trl(build, monkeypatch):
-    monkeypatch.setattr("capo_rl.trainers.trl._WHOLE", ())
+    monkeypatch.setattr("capo_rl.trainers.measuring._WHOLE", ())
     test_kl_is_measured_with_the_random_numbers_of_the_loss(build, "attention_dropout", {})
 
 

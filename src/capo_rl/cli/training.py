@@ -159,14 +159,14 @@ def _show(summary: dict[str, Any], folder: str, closing: Sequence[tuple[str, str
     def small(*names: str) -> str:
         return " | ".join(f"{summary[name]:.1e}" if name in summary else "–" for name in names)
 
+    judged = [
+        ("tokens rejected", percent("rejection_rate")),
+        ("  of those with A > 0 | A < 0", percent("rejection_rate_positive", "rejection_rate_negative")),
+    ]
     rows = [
         ("reward, first tenth → last tenth", f"{summary['reward_first']:.3f} → {summary['reward_last']:.3f}"),
         ("completions", f"{summary.get('completions', 0):,.0f}"),
-        ("tokens rejected", percent("rejection_rate")),
-        (
-            "  of those with A > 0 | A < 0",
-            percent("rejection_rate_positive", "rejection_rate_negative"),
-        ),
+        *(judged if "rejection_rate" in summary else []),
         (
             "KL of an update, mean | max",
             small("kl_measured_mean", "kl_measured_max"),

@@ -48,7 +48,8 @@ def write_explanation(run: str | Path, step: int | None, out: str | Path) -> Pat
     recorded = recorded_steps(run)
     if not recorded:
         raise ExplainError(
-            f"{run}: no tokens were recorded there; train with `--capo_tokens_every 10` to record every tenth step's"
+            f"{run}: no tokens were recorded there; train with `--capo_tokens_every 10` to record every tenth step's "
+            "(and with `--capo_watch true` where capo_mode is trust_region)"
         )
     step = max(recorded) if step is None else step
     if step not in recorded:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +31,11 @@ from capo_rl.curvature.selection import Thresholds, accepted_mean, penalised, se
 from capo_rl.curvature.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import fit_of_optimizer, group_of
-from capo_rl.planning.divergence import measured_kl
 from capo_rl.planning.share import Share, squared_norms
 from capo_rl.planning.telemetry import describe as shift_figures
-from capo_rl.planning.telemetry import missing_mass, rejections, synchronise
+from capo_rl.planning.telemetry import missing_mass, rejections
 from capo_rl.planning.trust_region import TrustRegion
+from capo_rl.planning.updates import Moved, Updates, check_log_pi, check_mask, marked
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +43,8 @@ logger = logging.getLogger(__name__)
 # log π(a) under the policy that sampled them.
 Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
 
-# Mean |difference| of log π(a) between the planner's and the loss's that is no rounding, not even of half precision.
-_LOGP_TOLERANCE = 0.1
-
 # What is counted from the start of a run.
 _COUNTERS = ("accepted_tokens", "steps_skipped", "steps_nonfinite")
-
-
-class Moved(NamedTuple):
-    """How far a step moved the policy: the mean KL(π ‖ π') in nats a token, the same number in every process; each
-    token's KL and its m_F, of all processes."""
-
-    mean: float
-    kl: Tensor
-    m_f: Tensor
 
 
 @dataclass
@@ -69,7 +55,8 @@ class MicroBatch:
     of them, and zero elsewhere. `masked` lays them out for a loss.
     `weights` [n] is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
     and the share of the micro-batch in the step are all in it. `whole` [n] is the same with nothing rejected, where
-    that differs: every token has its own advantage, under the denominators of all tokens.
+    that differs: every token has its own advantage, under the denominators of all tokens. `sample` [n] marks those on
+    which the update will be measured, where it is known already.
     """
 
     layer: LastLayer
@@ -79,7 +66,13 @@ class MicroBatch:
     used: Tensor
     weights: Tensor | None = None
     whole: Tensor | None = None
+    sample: Tensor | None = None
     processes: Processes = field(default_factory=Processes)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.keep)
 
     def masked(self, advantages: Tensor, mask: Tensor, loss_type: str, loss_scale: float = 1.0) -> Tensor:
         """The advantages [B, T] for a loss to read in place of its own: zero for a rejected token, and the others
@@ -88,9 +81,8 @@ class MicroBatch:
         mask [B, T] marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
         takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by `loss_scale`.
         """
-        self._check_mask(mask)
-        keep = mask.clone()
-        keep[mask] = self.keep
+        check_mask(mask, self.tokens)
+        keep = marked(mask, self.keep)
         advantages = advantages.clone()
         advantages[mask] = self.used
         written = advantages * accepted_mean(loss_type, mask, keep, self.processes)
@@ -110,32 +102,13 @@ class MicroBatch:
         multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
         log-probabilities without a gradient, or others than the planner makes of the hidden states.
         """
-        self._check_mask(mask)
-        if not log_pi.requires_grad:
-            raise ValueError(
-                "log_pi takes no gradient, so the tokens' weights can't be read off it: give the log-probabilities "
-                "that the loss is made of, with their graph"
-            )
-
-        error = (self.layer.log_pi_a - log_pi.detach()[mask]).abs()
-        error = error[error.isfinite()]
-        if len(error) and error.mean() > _LOGP_TOLERANCE:
-            raise ValueError(
-                f"log_pi differs by {error.mean():.3g} nats on average from what hidden states and head give: both "
-                "have to be of the same tokens (the state before each), at the same temperature, with nothing between"
-            )
+        check_mask(mask, self.tokens)
+        check_log_pi(self.layer, log_pi, mask)
 
         def watch(gradient: Tensor) -> None:
             self.weights = -gradient[mask] / loss_scale
 
         log_pi.register_hook(watch)
-
-    def _check_mask(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool or int(mask.sum()) != len(self.keep):
-            raise ValueError(
-                f"mask marks {int(mask.sum())} tokens ({mask.dtype}) and {len(self.keep)} were planned: give the "
-                "boolean mask by which they were chosen"
-            )
 
     @cached_property
     def rows(self) -> SupportRows:
@@ -143,7 +116,7 @@ class MicroBatch:
         return support_rows(self.layer)
 
 
-class Planner:
+class Planner(Updates):
     """Plans optimizer steps one after another: for each token whether it may take part, and the moments of the step.
 
     In a loop of one's own, for a model whose logits are W h with W [V, d] (`model.lm_head.weight`):
@@ -208,22 +181,16 @@ class Planner:
         share: bool = False,
         processes: Processes | None = None,
     ) -> None:
-        self.step, self.thresholds = step, thresholds
-        self.processes = processes or Processes()
-        self.temperature, self.top_k, self.top_p, self.fisher = temperature, top_k, top_p, fisher
-        self.max_missing_mass = max_missing_mass
+        super().__init__(
+            temperature=temperature, top_k=top_k, top_p=top_p, max_missing_mass=max_missing_mass, processes=processes
+        )
+        self.step, self.thresholds, self.fisher = step, thresholds, fisher
         self.soft, self.penalty, self.translated = soft, penalty, translated
         # An SGD step is shorter already by what was left out of its gradient.
         self.share = Share(step.betas[1]) if share and isinstance(step, AdamStep) else None
         self.rule: Rule | None = None
         self.micro_batches: list[MicroBatch] = []
         self.accepted_tokens = 0
-        self.steps_skipped = 0
-        self.steps_nonfinite = 0  # those of the skipped whose gradient was not finite
-        self._seconds = 0.0
-        self._warned = False
-        self._over = False  # whether the step that is collected was committed or skipped
-        self._count: int | None = None  # of processes, since the first token
         self._lr: Callable[[], float] | None = None  # the optimizer's, where it is known
 
     @classmethod
@@ -265,22 +232,26 @@ class Planner:
         advantages: Tensor,
         subsets: Tensor | None = None,
         sampled_log_pi: Tensor | None = None,
+        sample: Tensor | None = None,
     ) -> MicroBatch:
         """Predict every token's shift and accept or reject it; `subsets` [n] makes whole subsets stand or fall.
 
         The first after `commit` or `skip` begins the next step. Arguments as for `shifts.token_shifts`, or in place of
         the logits the `Head` that makes them; `sampled_log_pi` [n] where the rollouts are those of an earlier policy.
+        With a `Head`, the tokens that `sample` [n] marks are projected by themselves, as `Updates.look` does: a product
+        rounds by its shape, and a KL measured on them must not depend on whether the others are looked at.
         """
-        if self._over:
-            self.clear()
-        self._check_processes()
+        self._begin()
         if self._lr is not None:
             self.step.lr = self._lr()
         hidden, advantages = hidden.detach(), advantages.detach()  # what is kept must not keep a graph
         with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
             settings: Any = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            if isinstance(logits, Head):
+            if isinstance(logits, Head) and sample is not None:
+                parts = [logits.last_layer(hidden[at], actions[at], **settings) for at in (sample, ~sample)]
+                layer = LastLayer.cat(parts)[(~sample).argsort(stable=True).argsort()]
+            elif isinstance(logits, Head):
                 layer = logits.last_layer(hidden, actions, **settings)
             else:
                 chunks = logit_chunks(logits, len(hidden))
@@ -306,7 +277,9 @@ class Planner:
             else:
                 used = advantages
             # `where`, not a product: a rejected token's advantage may be infinite
-            micro_batch = MicroBatch(layer, advantages, shifts, keep, used.where(keep, 0), processes=self.processes)
+            micro_batch = MicroBatch(
+                layer, advantages, shifts, keep, used.where(keep, 0), sample=sample, processes=self.processes
+            )
             self.micro_batches.append(micro_batch)
             return micro_batch
 
@@ -323,20 +296,6 @@ class Planner:
         some, left = self.processes.total(torch.stack(counts).sum(0)).tolist()
         return some > 0 and not left
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether the step has no token at all, in any process."""
-        if not self.micro_batches:
-            return True
-        device = self.micro_batches[0].keep.device
-        return not self.processes.total(torch.tensor(sum(len(each.keep) for each in self.micro_batches), device=device))
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any token of the step has a weight in its gradient, in any process."""
-        weighed = [batch.weights.any() for batch in self.micro_batches if batch.weights is not None]
-        return bool(weighed) and bool(self.processes.total(torch.stack(weighed).sum()))
-
     @torch.no_grad()
     def commit(self, scale: float = 1.0, describe: bool = True) -> dict[str, float]:
         """The step is about to be taken, its gradient multiplied by `scale`: advance the moments, return the figures.
@@ -345,18 +304,9 @@ class Planner:
         figures, those of the shifts, are left out. Raises `RuntimeError` if the backward pass did not report a
         micro-batch's weights, and where there is no step to commit; `ValueError` for weights of another shape.
         """
-        self._check_open("commit")
-        if not self.micro_batches:
-            raise RuntimeError("commit came without a token: call plan for each micro-batch before it")
-        self._check_weights()
+        self._check_commit()
         batch = self._whole_step()
-        assert batch is not None
-        if batch.weights is None:
-            raise RuntimeError(
-                "the loss's gradient never reached the log-probabilities CAPO watched, so its moments can't follow "
-                "the optimizer: the loss has to be made of what `watch` was given, and its backward pass comes before "
-                "commit; this version of a trainer may compute its loss another way"
-            )
+        assert batch is not None and batch.weights is not None
         self._over = True
         with self._timed(batch.weights.device):
             weights = scale * batch.weights
@@ -382,10 +332,7 @@ class Planner:
     def skip(self, describe: bool = True, nonfinite: bool = False) -> dict[str, float]:
         """The step is left out, since every token was rejected or its gradient is `nonfinite`: count it, leave the
         moments, return the figures."""
-        self._check_open("skip")
-        self._over = True
-        self.steps_skipped += 1
-        self.steps_nonfinite += nonfinite
+        self._count_skipped(nonfinite)
         batch = self._whole_step()
         figures: dict[str, float] = {}
         if batch is not None:
@@ -398,29 +345,17 @@ class Planner:
         """How far the step just taken moved the policy at its tokens, or at a sample of them.
 
         `hidden(i)` [m, d] are the hidden states after the step of micro-batch i's tokens, or of those that `sample[i]`
-        [n] marks, and `head` is the head after it; with random numbers in the forward pass (dropout) they have to be
-        those of the loss's. Raises `RuntimeError` before `commit`.
+        [n] marks (by default the sample it was planned with, if any), and `head` is the head after it; with random
+        numbers in the forward pass (dropout) they have to be those of the loss's. Raises `RuntimeError` before
+        `commit`.
         """
-        if not self._over:
-            raise RuntimeError("measured_kl came before commit: call commit before the optimizer's step")
-        if sample is None:
-            sample = [torch.ones_like(batch.keep) for batch in self.micro_batches]
-        kls, m_fs = [], []
-        for i, (batch, chosen) in enumerate(zip(self.micro_batches, sample, strict=True)):
-            layer = batch.layer[chosen]
-            kls.append(measured_kl(layer, head.log_pi(hidden(i), layer.support, self.temperature)))
-            m_fs.append(batch.shifts.m_f[chosen])
-        kl, m_f = self.processes.gather(torch.cat(kls)), self.processes.gather(torch.cat(m_fs))
-        # processes of different machines may sum in another order, and must go back equally far
-        mean = float(kl.double().mean()) if len(kl) else math.nan
-        return Moved(self.processes.agreed(mean, kl.device), kl, m_f)
-
-    def clear(self) -> float:
-        """Forget the micro-batches of a step that is over, or broken off; returns the seconds spent on it."""
-        seconds, self._seconds = self._seconds, 0.0
-        self.micro_batches = []
-        self._over = False
-        return seconds
+        samples = [batch.sample for batch in self.micro_batches] if sample is None else sample
+        at = [
+            (batch, torch.ones_like(batch.keep) if marks is None else marks)
+            for batch, marks in zip(self.micro_batches, samples, strict=True)
+        ]
+        moved = self._moved([batch.layer[marks] for batch, marks in at], hidden, head)
+        return moved._replace(m_f=self.processes.gather(torch.cat([batch.shifts.m_f[marks] for batch, marks in at])))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The moments, the share and the counters after a step, as tensors by name."""
@@ -443,33 +378,6 @@ class Planner:
             self.share.load_state_dict({name: float(state[f"share.{name}"]) for name in ("accepted", "everyone")})
         for name in _COUNTERS:
             setattr(self, name, int(state[name]))
-
-    def _check_open(self, call: str) -> None:
-        """Raises `RuntimeError` where the step is over already."""
-        self._check_processes()
-        if self._over:
-            raise RuntimeError(
-                f"{call} came after commit or skip of the same step, and the moments would count it twice: call each "
-                "once a step, and plan for the tokens of the next before it"
-            )
-
-    def _check_weights(self) -> None:
-        for i, batch in enumerate(self.micro_batches):
-            for name, each in (("weights", batch.weights), ("whole", batch.whole)):
-                if each is not None and each.shape != batch.keep.shape:
-                    raise ValueError(
-                        f"{name} of micro-batch {i} has shape {tuple(each.shape)}, and {len(batch.keep)} tokens were "
-                        f"planned: give one each, [{len(batch.keep)}], as `watch` and `masked` do"
-                    )
-
-    def _check_processes(self) -> None:
-        count = self.processes.count
-        if self._count not in (None, count):
-            raise RuntimeError(
-                f"the planner began with {self._count} processes and there are {count}: with another number make a "
-                "new Planner, and give it this one's state_dict"
-            )
-        self._count = count
 
     def _check_committed(self, *step: Any) -> None:
         if self.micro_batches and not self._over:
@@ -544,28 +452,6 @@ class Planner:
             name: total / count if count else math.nan
             for (name, (_, count)), total in zip(means.items(), sums, strict=True)
         }
-
-    def _warn_of_missing_mass(self, above: float, tokens: int) -> None:
-        if above and not self._warned:
-            self._warned = True
-            logger.warning(
-                "%d of %d tokens have more than %g of their probability outside the top k=%s%s: raise %s, or "
-                "capo_max_missing_mass to accept it (said once; capo/missing_mass/above_bound goes on counting)",
-                above,
-                tokens,
-                self.max_missing_mass,
-                self.top_k,
-                "" if self.top_p is None else f" up to p={self.top_p:g}",
-                "capo_top_k" if self.top_p is None else "capo_top_k and capo_top_p",
-            )
-
-    @contextmanager
-    def _timed(self, device: torch.device) -> Iterator[None]:
-        synchronise(device)
-        start = time.perf_counter()
-        yield
-        synchronise(device)
-        self._seconds += time.perf_counter() - start
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

@@ -18,7 +18,7 @@ CITATION = f"""@misc{{melo2025capo,
   url           = {{https://arxiv.org/abs/{ARXIV}}}
 }}"""
 _WAYS = {
-    "trust_region": "GRPO in a trust region, with CAPO's figures beside it",
+    "trust_region": "GRPO in a trust region",
     "mask": "CAPO, which leaves the tokens out of the gradient whose predicted shift is out of bounds",
     "shorten": "GRPO with steps as long as CAPO's accepted tokens have earned",
     "monitor": "GRPO, watched by CAPO, which changed nothing",

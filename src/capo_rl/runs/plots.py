@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,34 +28,35 @@ PANELS: dict[str, dict[str, Any]] = {
 
 
 def draw_run(entries: Metrics, path: Path, title: str) -> None:
-    """One run: reward, rejections, KL, m_F, m_H and gradient norm against the completions generated so far."""
-    figure, panels = _panels(title)
-    axes = panels["reward"]
+    """One run: reward, rejections, KL, m_F, m_H and gradient norm against the completions generated so far, as far as
+    they were logged."""
+    figure, panels = _panels(title, [entries])
+    axes = panels.get("reward")
     _line(axes, entries, "reward", GREY, "each step", alpha=0.35)
     _line(axes, smooth(entries, "reward"), "reward", BLUE, "smoothed")
 
-    axes = panels["capo/rejection_rate"]
+    axes = panels.get("capo/rejection_rate")
     _line(axes, entries, "capo/rejection_rate/positive", GREEN, "A > 0", alpha=0.6)
     _line(axes, entries, "capo/rejection_rate/negative", ORANGE, "A < 0", alpha=0.6)
     _line(axes, entries, "capo/rejection_rate", BLUE, "all")
 
-    axes = panels["capo/kl/measured"]
+    axes = panels.get("capo/kl/measured")
     _line(axes, entries, "capo/kl/predicted", ORANGE, "predicted from the last layer", alpha=0.8)
     _line(axes, entries, "capo/kl/measured", BLUE, "measured")
 
     for symbol in ("m_f", "m_h"):
-        axes = panels[f"capo/batch/{symbol}"]
+        axes = panels.get(f"capo/batch/{symbol}")
         _line(axes, entries, f"capo/token/{symbol}/q99", ORANGE, "tokens, 99 %", alpha=0.8)
         _line(axes, entries, f"capo/batch/{symbol}", BLUE, "batch")
         _line(axes, entries, f"capo/batch_accepted/{symbol}", GREEN, "batch, accepted tokens", alpha=0.8)
 
-    _line(panels["grad_norm"], entries, "grad_norm", BLUE, "each step")
+    _line(panels.get("grad_norm"), entries, "grad_norm", BLUE, "each step")
     _save(figure, panels, path)
 
 
 def draw_comparison(runs: Mapping[str, Metrics], path: Path, title: str) -> None:
     """Several runs, by name, in the same panels."""
-    figure, panels = _panels(title)
+    figure, panels = _panels(title, runs.values())
     for at, (label, entries) in enumerate(runs.items()):
         for name, axes in panels.items():
             shown = smooth(entries, name) if name == "reward" else entries
@@ -74,14 +75,21 @@ def smooth(entries: Metrics, name: str, weight: float = 0.9) -> Metrics:
     return [entry | {name: float(average)} for entry, average in zip(measured, averages, strict=True)]
 
 
-def _panels(title: str) -> tuple[Any, dict[str, Axes]]:
+def _panels(title: str, runs: Iterable[Metrics]) -> tuple[Any, dict[str, Axes]]:
+    """A panel for the reward, and for what else any of the runs logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    logged = {name for entries in runs for entry in entries for name in PANELS if entry.get(name) is not None}
+    shown = [name for name in PANELS if name in logged | {"reward"}]
+    rows = 1 if len(shown) <= 3 else 2
+    figure = Figure(figsize=(13, 3.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    return figure, dict(zip(PANELS, figure.subplots(2, 3).flat, strict=True))
+    axes = list(figure.subplots(rows, -(-len(shown) // rows), squeeze=False).flat)
+    for spare in axes[len(shown) :]:
+        spare.remove()
+    return figure, dict(zip(shown, axes, strict=False))
 
 
 def _save(figure: Any, panels: dict[str, Axes], path: Path) -> None:
@@ -99,9 +107,9 @@ def _save(figure: Any, panels: dict[str, Axes], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _line(axes: Axes, entries: Metrics, name: str, colour: str, label: str, alpha: float = 1.0) -> None:
+def _line(axes: Axes | None, entries: Metrics, name: str, colour: str, label: str, alpha: float = 1.0) -> None:
     points = [
         (entry.get("capo/completions", entry["step"]), entry[name]) for entry in entries if entry.get(name) is not None
     ]
-    if points:
+    if axes is not None and points:
         axes.plot(*zip(*points, strict=True), color=colour, alpha=alpha, label=label, linewidth=1.4)

@@ -46,6 +46,11 @@ class CAPOConfig(CAPOFields, GRPOConfig):
         return self.capo_mode not in ("off", "monitor")
 
     @property
+    def predicts(self) -> bool:
+        """Whether shifts are predicted: in every mode that decides by them, and where `capo_watch` asks for them."""
+        return self.capo_mode != "off" and (self.capo_mode != "trust_region" or self.capo_watch)
+
+    @property
     def thresholds(self) -> Thresholds:
         """The bounds of Eq. 11 as one object."""
         return Thresholds(self.capo_fisher_threshold, (self.capo_hessian_low, self.capo_hessian_high))
@@ -98,6 +103,11 @@ def check_capo(config: Any) -> None:
             raise ValueError(
                 "capo_tokens_every records what selection makes of tokens, and capo_mode='off' looks at none: use "
                 "capo_mode='monitor', which changes nothing"
+            )
+        if config.capo_mode == "trust_region" and not config.capo_watch:
+            raise ValueError(
+                "capo_tokens_every records tokens' shifts, and capo_mode='trust_region' computes none by itself: set "
+                "capo_watch=True"
             )
     if not 0 < config.capo_kl_sample <= 1:
         raise ValueError(f"capo_kl_sample={config.capo_kl_sample} is a share of the completions: give it in (0, 1]")

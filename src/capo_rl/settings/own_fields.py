@@ -164,10 +164,18 @@ class CAPOFields:
         default=0.25,
         metadata={"help": "The share of a micro-batch's completions on which KL is measured."},
     )
+    capo_watch: bool = field(
+        default=False,
+        metadata={
+            "help": "With capo_mode `trust_region`: also compute and log m_H, m_F, what the bounds would reject and "
+            "the predicted KL, by which nothing is decided there. The other modes always have them."
+        },
+    )
     capo_tokens_every: int | None = field(
         default=None,
         metadata={
             "help": "Record what each token of every n-th step got, for `capo explain`: shifts, verdict, log pi. Of "
-            "several processes the main one records its share. null: never."
+            "several processes the main one records its share. capo_mode `trust_region` needs capo_watch for it. "
+            "null: never."
         },
     )

@@ -228,7 +228,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             trainer.add_callback(WholeSecondMoment(trainer))
         if beside["scales"] is not None:
             trainer.add_callback(Scales(_scales(bench, seed, path.parents[2], **beside["scales"])))
-        if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1:
+        if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1 and trainer.planner is not None:
             _audit(trainer)
         generation = _timed(trainer, "_generate_and_score_completions")
         test = HeldOut(trainer, recipe.data.dataset_name, **bench.test) if bench.test else None
@@ -296,28 +296,24 @@ def _audit(trainer: Any) -> None:
 
     It is of the step as it was left, and no part of the run: the control never sees it.
     """
-    remember, clear = trainer._remember, trainer.planner.clear
-    whole: list[Any] = []
+    from capo_rl.trainers.measuring import Measuring
+
+    whole = Measuring(trainer, 1.0)
+    remember, clear = trainer._measuring.remember, trainer.planner.clear
 
     def remembered(*args: Any) -> None:
-        sample, trainer.args.capo_kl_sample = trainer.args.capo_kl_sample, 1.0
         remember(*args)
-        whole.append(trainer._forwards.pop())
-        trainer.args.capo_kl_sample = sample
-        remember(*args)
+        whole.remember(*args)
 
     def cleared() -> float:
-        if whole and trainer.planner.micro_batches:
-            sampled, trainer._forwards = trainer._forwards, whole
-            masks = [forward.sample for forward in whole]
-            head = trainer._head(trainer.model_wrapped)
-            kl = trainer.planner.measured_kl(trainer._hidden_now, head, masks).kl
-            trainer._forwards = sampled
+        if whole.forwards and trainer.planner.micro_batches:
+            everything = [forward.sample for forward in whole.forwards]
+            kl = trainer.planner.measured_kl(whole.hidden_now, trainer._head(trainer.model_wrapped), everything).kl
             trainer._record({"capo/kl/whole": float(kl.double().mean())})
-        whole.clear()
+        whole.forwards.clear()
         return clear()
 
-    trainer._remember, trainer.planner.clear = remembered, cleared
+    trainer._measuring.remember, trainer.planner.clear = remembered, cleared
 
 
 def _timed(trainer: Any, method: str) -> list[float]:

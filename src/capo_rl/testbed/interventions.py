@@ -63,11 +63,11 @@ class WholeSecondMoment(TrainerCallback):
         masked, clip = trainer._compute_loss, trainer._clip
 
         def both_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
-            planner, trainer.planner = trainer.planner, None  # TRL's own loss
+            updates, trainer.updates = trainer.updates, None  # TRL's own loss
             weights = [weight for weight in model.parameters() if weight.requires_grad]
             gradients = torch.autograd.grad(masked(model, inputs), weights, allow_unused=True)
             self.whole = {weight: g for weight, g in zip(weights, gradients, strict=True) if g is not None}
-            trainer.planner = planner
+            trainer.updates = updates
             return masked(model, inputs)
 
         def clipped(finite: bool) -> float:

@@ -61,7 +61,7 @@ def _methods(arms: Arms, path: Path) -> Path | None:
         final = [final_accuracy(run) for run in runs]
         test = [run["test"]["accuracy"][-1] for run in runs if run["test"]["accuracy"]]
         low, high = bootstrap_interval([final])
-        rejected = [np.mean(finite(run["curves"]["capo/rejection_rate"])) for run in runs]
+        rejected = [np.mean(rates) for run in runs if (rates := finite(run["curves"]["capo/rejection_rate"]))]
         rows.append(
             [
                 name,
@@ -73,7 +73,7 @@ def _methods(arms: Arms, path: Path) -> Path | None:
                 f"{target[name]}{_range(*interval_to_target(*reached(runs)))}",
                 _times_fewer(target.get(STANDARD), target[name]),
                 _times_fewer(target.get(TUNED), target[name]),
-                f"{np.mean(rejected):.2%}",
+                f"{np.mean(rejected):.2%}" if rejected else "–",
             ]
         )
     return _write(

@@ -39,6 +39,7 @@ class AdaptThresholds(TrainerCallback, ExportableState):
             raise ValueError(f"rejection_rate={rejection_rate} is a share of the tokens: give it in (0, 1)")
         for name, unsuitable, why in (
             ("capo_mode", args.capo_mode == "off", "looks at no token"),
+            ("capo_watch", not args.predicts, "with capo_mode='trust_region' predicts no shift"),
             ("capo_granularity", args.capo_granularity != "token", "judges subsets, and the rate is one of tokens"),
             (
                 "restore_callback_states_from_checkpoint",

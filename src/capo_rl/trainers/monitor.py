@@ -48,7 +48,7 @@ class MonitorCallback(TrainerCallback):
         args.thresholds = Thresholds(
             ours["capo_fisher_threshold"], (ours["capo_hessian_low"], ours["capo_hessian_high"])
         )
-        args.kl_budget, args.changes_the_run = None, False
+        args.kl_budget, args.changes_the_run, args.predicts = None, False, True
         own = type(trainer)
         trainer.__class__ = type(
             own.__name__, (CAPOTrainer, own), {"_name": own._name, "create_model_card": own.create_model_card}

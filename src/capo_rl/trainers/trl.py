@@ -12,33 +12,29 @@ really had in the loss (ratio, clipping, denominators, KL term) are read off the
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.head import Head
+from capo_rl.curvature.last_layer import LastLayer
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
-from capo_rl.planning.planner import MicroBatch, Planner
+from capo_rl.planning.planner import Planner
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import (
     Backtracking,
@@ -49,29 +45,23 @@ from capo_rl.planning.trust_region import (
     check_recomputable,
     way_back,
 )
+from capo_rl.planning.updates import Moved, Updates, marked
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
 from capo_rl.runs.models import check_head
-from capo_rl.runs.records import versions, written_whole
+from capo_rl.runs.records import versions
 from capo_rl.runs.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.settings.config import CAPOConfig
+from capo_rl.trainers.measuring import Measuring
 from capo_rl.trainers.rounding import RoundedAway
-
-STATE_FILE = "capo_state.safetensors"
-# Rollouts that are still to be trained on, of each process its own.
-ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
+from capo_rl.trainers.state import ROLLOUTS_FILE, STATE_FILE, load_rollouts, load_state, save_rollouts, save_state
 
 logger = logging.getLogger(__name__)
 
-# Arguments of TRL's scoring that are not the model's.
-_SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
 # What `optim` may be where Adam's step is recomputed.
 _RECOMPUTED = ("adamw_torch", "adamw_torch_fused")
 # Figures that count from the start of the run.
 _TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
-# Where every process has the whole model, which can then run without its wrapper.
-_WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
 # Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
 # thing: in single precision, and where half precision may round the two projections differently.
 _LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
@@ -88,12 +78,13 @@ class CAPOTrainer(GRPOTrainer):
 
     Its only change to training is the length of the step and, with `capo_mode="mask"`, what is in it:
 
-        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`)
+        trust_region   the step is as long as `capo_kl_budget` allows (`trust_region.TrustRegion`); nothing is predicted
+                       unless `capo_watch` asks for it
         mask           rejected tokens get an advantage of zero, and denominators count accepted tokens
                        (`selection.accepted_mean`); a step with every token rejected is skipped; with `capo_share` the
                        step is multiplied by the accepted tokens' share (`share.Share`)
         shorten        no token is left out, and the step is multiplied by that share
-        monitor        computes and logs the same and changes nothing
+        monitor        computes and logs the same as `mask` and changes nothing
         off            TRL
 
     In the modes that change the run a step whose gradient is not finite is skipped. In every mode a reward function
@@ -132,24 +123,17 @@ class CAPOTrainer(GRPOTrainer):
     def _watch(self) -> None:
         """Set up what selection needs beside TRL's own."""
         args = self.args
-        self.planner: Planner | None = None
+        self.updates: Updates | None = None  # none in `off`
         self._completions = 0
-        self._norm: float | None = None  # of the coming step's gradient, before clipping
+        self._coming = _Coming()
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
-        self._forwards: list[_Forward] = []  # to measure an update
-        self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
+        self._measuring = Measuring(self, args.capo_kl_sample)
         self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
-        self._scale = 1.0  # of the step's learning rate
         self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
-        self._skipped = False  # whether the last step was left out
-        self._empty = False  # whether it has no tokens to measure its KL on
         self._noise_known = False  # whether the KL of no step was measured
-        self._informative = True  # whether the coming step has a gradient of its own
-        self._to_log = self._to_measure = True  # whether the coming step is
         self._unwrapped: tuple[Any, Any] | None = None  # a model, and the causal language model inside it
-        self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
         self._check_loss()
         entropy = getattr(args, "entropy_coef", 0.0) != 0 or getattr(args, "use_adaptive_entropy", False)
         if entropy and args.capo_mode in ("monitor", *DECIDING) and self.is_world_process_zero():
@@ -162,20 +146,26 @@ class CAPOTrainer(GRPOTrainer):
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
-            self._fit = self._known_fit()
-            self.planner = Planner(
-                _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
-                args.thresholds,
-                temperature=args.temperature,
-                top_k=args.capo_top_k,
-                top_p=args.capo_top_p,
-                fisher=args.capo_fisher,
-                max_missing_mass=args.capo_max_missing_mass,
-                soft=args.capo_soft,
-                penalty=args.capo_penalty,
-                translated=args.capo_units == "translated",
-                share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
-            )
+            supports: Any = {
+                "temperature": args.temperature,
+                "top_k": args.capo_top_k,
+                "top_p": args.capo_top_p,
+                "max_missing_mass": args.capo_max_missing_mass,
+            }
+            if args.predicts:
+                self._fit = self._known_fit()
+                self.updates = Planner(
+                    _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
+                    args.thresholds,
+                    fisher=args.capo_fisher,
+                    soft=args.capo_soft,
+                    penalty=args.capo_penalty,
+                    translated=args.capo_units == "translated",
+                    share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
+                    **supports,
+                )
+            else:
+                self.updates = Updates(**supports)
             self.add_callback(_AroundTheStep(self))
         self.add_callback(RoundedAway(self))  # after the other, which gives the step its learning rate
         if self._recomputes and self.optimizer is not None:
@@ -188,6 +178,11 @@ class CAPOTrainer(GRPOTrainer):
             )
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+
+    @property
+    def planner(self) -> Planner | None:
+        """What predicts the coming step, where anything does (`CAPOConfig.predicts`)."""
+        return self.updates if isinstance(self.updates, Planner) else None
 
     def _check_loss(self) -> None:
         """A mask is written into the advantages, one a token, which only GRPOTrainer's own loss is known to read."""
@@ -209,7 +204,8 @@ class CAPOTrainer(GRPOTrainer):
 
     def _follow_optimizer(self) -> None:
         """Take the step model's constants from the optimizer that was made, and see that it is what it was to be."""
-        assert self.planner is not None
+        if self.planner is None:
+            return
         args, step, optimizer = self.args, self.planner.step, self._optimizer()
         if self.is_deepspeed_enabled:
             return  # its optimizer is a wrapper of its own kind
@@ -302,7 +298,7 @@ class CAPOTrainer(GRPOTrainer):
     # ---- the loss: shifts and selection between log-probabilities and advantages --------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        if self.planner is None or not self.model.training:
+        if self.updates is None or not self.model.training:
             return super()._compute_loss(model, inputs)
         self._unplanned = inputs = dict(inputs)  # buffered inputs are used again when num_iterations > 1
         loss = super()._compute_loss(model, inputs)
@@ -329,35 +325,42 @@ class CAPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"].bool()
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
-        self._to_log, self._to_measure = self._due()
-        measured = self._to_measure or self._budget is not None
-        before = _random_state(self._devices(model)) if measured else []
+        self._coming.to_log, self._coming.to_measure = self._due()
+        measured = self._coming.to_measure or self._budget is not None
+        before = self._measuring.random_state(model) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
-        after = _random_state(self._devices(model)) if measured else []
-        self._select(model, inputs, mask, hidden[0], logps)
         if measured:
-            random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-            self._remember(score, mask, before if random else None)
+            self._measuring.remember(score, mask, self._advantages(inputs, mask), before)
+        self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
-            self._rollouts.append((inputs, mask))
+            self._coming.rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
 
     def _select(self, model: nn.Module, inputs: dict[str, Any], mask: Tensor, hidden: Tensor, logps: Tensor) -> None:
         """Plan the micro-batch, write its verdicts into `inputs`, and watch for the weights the loss gives it."""
-        assert self.planner is not None
-        advantages = inputs["advantages"]
-        advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
-        self.planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._scale
-        planned = self.planner.plan(
+        assert self.updates is not None
+        planner, head = self.planner, self._head(model)
+        if planner is None:
+            sample = self._measuring.forwards[-1].sample
+            sampled = marked(mask, sample)
+            seen = self.updates.look(hidden[sampled], head, inputs["completion_ids"][sampled], sample)
+            self._check_log_probs(seen.layer, logps.detach()[sampled], hidden.dtype)
+            seen.watch(logps, mask, self._loss_scale())
+            return
+        advantages = self._advantages(inputs, mask)
+        planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._coming.scale
+        planned = planner.plan(
             hidden[mask],
-            self._head(model),
+            head,
             inputs["completion_ids"][mask],
             advantages[mask],
             self._subsets(inputs, mask),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
+            # as where nothing is predicted, and the KL is the same number
+            self._measuring.forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
         )
-        self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
+        self._check_log_probs(planned.layer, logps.detach()[mask], hidden.dtype)
 
         planned.watch(logps, mask, self._loss_scale())
         if self.args.capo_mode != "mask":
@@ -383,6 +386,12 @@ class CAPOTrainer(GRPOTrainer):
 
         written.register_hook(check_written)
         logps.register_hook(check_rejected)
+
+    @staticmethod
+    def _advantages(inputs: dict[str, Any], mask: Tensor) -> Tensor:
+        """TRL's, one for each token [B, T]."""
+        advantages = inputs["advantages"]
+        return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
@@ -411,8 +420,8 @@ class CAPOTrainer(GRPOTrainer):
         # subsets without a token would be averages over nothing
         return of_sequence[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
 
-    def _check_log_probs(self, planned: MicroBatch, logps: Tensor, dtype: torch.dtype) -> None:
-        error = (planned.layer.log_pi_a - logps).abs()
+    def _check_log_probs(self, layer: LastLayer, logps: Tensor, dtype: torch.dtype) -> None:
+        error = (layer.log_pi_a - logps).abs()
         error = error[error.isfinite()]
         half = dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
         if len(error) and error.mean() > (_LOGP_TOLERANCE_HALF if half else _LOGP_TOLERANCE):
@@ -429,13 +438,6 @@ class CAPOTrainer(GRPOTrainer):
             causal_lm = self.accelerator.unwrap_model(model)
             self._unwrapped = model, causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
         return self._unwrapped[1]
-
-    def _devices(self, model: Any) -> list[torch.device]:
-        """Where the model's random numbers come from: the CPU's generator, and that of each device it lies on."""
-        if self._generators is None:
-            used = {weight.device for weight in self._causal_lm(model).parameters()} | {self.accelerator.device}
-            self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
-        return self._generators
 
     @contextmanager
     def _hidden_states(self, model: nn.Module, logits_to_keep: int) -> Iterator[list[Tensor]]:
@@ -484,49 +486,50 @@ class CAPOTrainer(GRPOTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        self._norm = None if norm is None else float(norm)
+        self._coming.norm = None if norm is None else float(norm)
         return norm
 
     def _begin_step(self) -> None:
         """Before the first micro-batch: what of the schedule's learning rate the coming step may have."""
+        self._coming = _Coming()
         if self._region is not None:
             if self.is_deepspeed_enabled:
                 self._region.before_step()
-            self._scale = self._region.scale
+            self._coming.scale = self._region.scale
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # which computes it where nothing is clipped
-        self._norm = None if norm is None else float(norm)
+        self._coming.norm = None if norm is None else float(norm)
         return norm
 
     def _gradient_is_finite(self) -> bool:
         """Whether the coming step's gradient has neither NaN nor infinity, in any process."""
-        assert self.planner is not None
+        assert self.updates is not None
         if self.is_deepspeed_enabled:
             return not self.accelerator.optimizer_step_was_skipped  # it looked by itself, and has taken the step
-        if self._norm is not None:
-            finite = math.isfinite(self._norm)
+        if self._coming.norm is not None:
+            finite = math.isfinite(self._coming.norm)
         else:
             self.accelerator.unscale_gradients()  # as clipping would have
             gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
             shards = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
             norms = [torch.linalg.vector_norm(shard, dtype=torch.float32).to(self.args.device) for shard in shards]
             finite = not norms or bool(torch.stack(norms).isfinite().all())
-        return not self.planner.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
+        return not self.updates.processes.total(torch.tensor(float(not finite), device=self.args.device)).item()
 
     def _clip(self, finite: bool) -> float:
         """What clipping multiplied the gradient by, as the optimizer's moments see it."""
         if not finite:
             return math.nan
-        if self._norm is None or not self.args.max_grad_norm > 0:
+        if self._coming.norm is None or not self.args.max_grad_norm > 0:
             return 1.0
-        return min(1.0, self.args.max_grad_norm / (self._norm + 1e-6))
+        return min(1.0, self.args.max_grad_norm / (self._coming.norm + 1e-6))
 
     def _before_step(self) -> None:
         """Advance the step model, or skip a step that has nothing left in it, or whose gradient is not finite."""
-        planner = self.planner
-        assert planner is not None
-        if not planner.micro_batches:
+        updates, planner = self.updates, self.planner
+        assert updates is not None
+        if not updates.micro_batches:
             raise RuntimeError(
                 f"{type(self).__name__}'s loss went around CAPOTrainer's, so no token was looked at: call "
                 "`super()._compute_loss`, or use capo_mode='off'"
@@ -536,36 +539,35 @@ class CAPOTrainer(GRPOTrainer):
         # A loss scaler leaves such a step out by itself. Without one it is TRL's to take, and the moments are NaN.
         unusable = not finite and (changes or self._has_scaler())
         # DeepSpeed has taken the step already, with a gradient of zero, and the step model follows it.
-        masked = self.args.capo_mode == "mask"
-        rejected = not unusable and masked and not self.is_deepspeed_enabled and planner.rejects_everything
+        masks = not unusable and self.args.capo_mode == "mask" and not self.is_deepspeed_enabled
+        rejected = masks and planner is not None and planner.rejects_everything
         # Without a token there is no KL to measure and none to hold to a budget, but momentum would move the weights.
-        self._empty = (self._to_measure or self._budget is not None) and planner.is_empty
-        unbounded = self._empty and self._budget is not None and not self.is_deepspeed_enabled
-        self._skipped = unusable or rejected or unbounded
-        if self._skipped:
+        self._coming.empty = (self._coming.to_measure or self._budget is not None) and updates.is_empty
+        unbounded = self._coming.empty and self._budget is not None and not self.is_deepspeed_enabled
+        self._coming.skipped = unusable or rejected or unbounded
+        if self._coming.skipped:
             if changes and not self.is_deepspeed_enabled:
                 # Without gradients the optimizer leaves weights and moments alone; with zeros its momentum would act.
                 self.model.zero_grad(set_to_none=True)
-            figures = planner.skip(self._to_log, nonfinite=unusable)
+            figures = updates.skip(self._coming.to_log, nonfinite=unusable)
         else:
             # Gradients are averaged over processes after the weights were read off.
-            figures = planner.commit(self._clip(finite) / self.accelerator.num_processes, self._to_log)
-            if planner.share is not None and changes:
+            figures = updates.commit(self._clip(finite) / self.accelerator.num_processes, self._coming.to_log)
+            if planner is not None and planner.share is not None and changes:
                 share = planner.share.value
                 if "capo/kl/predicted" in figures:  # of the step as it will be taken
                     figures["capo/kl/predicted"] *= share**2
             # asked only where a control learns from it: it costs a reduction over processes
-            self._informative = self._budget is None or planner.has_gradient
-        self._norm = None
+            self._coming.informative = self._budget is None or updates.has_gradient
         if self._region is not None:
-            if not self._skipped and not self.is_deepspeed_enabled:
+            if not self._coming.skipped and not self.is_deepspeed_enabled:
                 if self._budget is not None and not self._noise_known:
                     self._noise_known = True
-                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl()[0])
-                self._scale = self._region.before_step(share)
+                    figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl().mean)
+                self._coming.scale = self._region.before_step(share)
             figures["capo/learning_rate"] = self._region.lr()
-        figures["capo/steps_skipped"] = float(planner.steps_skipped)
-        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
+        figures["capo/steps_skipped"] = float(updates.steps_skipped)
+        figures["capo/steps_skipped/nonfinite"] = float(updates.steps_nonfinite)
         figures["capo/completions"] = float(self._completions)
         self._record(figures)
 
@@ -576,32 +578,31 @@ class CAPOTrainer(GRPOTrainer):
 
     def _start(self) -> None:
         """Forget what a training that was broken off in the middle of a step has left."""
-        assert self.planner is not None
+        assert self.updates is not None
         if self._recomputes:
             check_recomputable(self._optimizer())
         self._follow_optimizer()
         if self._region is not None:
             self._region.restore()
         self._region = TrustRegion(self._optimizer(), self._budget) if self.args.changes_the_run else None
-        self.planner.clear()
-        self._forwards.clear()
-        self._rollouts.clear()
-        self._unplanned = self._norm = None
+        self.updates.clear()
+        self._measuring.forwards.clear()
+        self._coming, self._unplanned = _Coming(), None
 
     def _end(self) -> None:
         """Say so where most of the run's steps were left out."""
-        planner, steps = self.planner, self.state.global_step
-        assert planner is not None
-        if 2 * planner.steps_skipped > steps and self.is_world_process_zero():
+        updates, steps = self.updates, self.state.global_step
+        assert updates is not None
+        if 2 * updates.steps_skipped > steps and self.is_world_process_zero():
             logger.warning(
                 "%d of %d steps were skipped, %d of them for a gradient that was not finite and the others since every "
                 "token that had an advantage was rejected (or, under a KL budget, all completions were masked out), so "
                 "most of this run trained nothing: raise "
                 "capo_fisher_threshold, capo_hessian_low and capo_hessian_high (`capo calibrate` finds them), or lower "
                 "learning_rate; capo_mode='monitor' shows what would be rejected and changes nothing",
-                planner.steps_skipped,
+                updates.steps_skipped,
                 steps,
-                planner.steps_nonfinite,
+                updates.steps_nonfinite,
             )
 
     def _has_scaler(self) -> bool:
@@ -609,123 +610,65 @@ class CAPOTrainer(GRPOTrainer):
 
     def _after_step(self) -> None:
         """Measure the KL of the update where it is to be logged or bounded, and start afresh."""
-        planner = self.planner
-        assert planner is not None
-        if self._budget is not None or self._to_measure:
+        updates = self.updates
+        assert updates is not None
+        if self._budget is not None or self._coming.to_measure:
             synchronise(self.accelerator.device)  # the optimizer's step is not part of the measurement
         start = time.perf_counter()
-        tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
+        moved: Moved | None = None  # when last measured
 
         def measure_kl() -> float:
-            nonlocal tokens
-            kl, tokens = self._measure_kl()
-            return kl
+            nonlocal moved
+            moved = self._measure_kl()
+            return moved.mean
 
         figures: dict[str, float] = {}
         if self.args.changes_the_run:
-            figures["capo/scale"] = self._scale
-        if self._skipped or self._empty:
+            figures["capo/scale"] = self._coming.scale
+        if self._coming.skipped or self._coming.empty:
             pass  # the policy is where it was, or nothing is known of it
         elif self._budget is not None:
             assert self._region is not None
-            update = self._region.after_step(measure_kl, self._informative)
+            update = self._region.after_step(measure_kl, self._coming.informative)
             assert update is not None
             figures["capo/kl/measured"] = update.measured
             figures["capo/kl/proposed"] = update.proposed
             figures["capo/kl/fraction"] = update.fraction
-        elif self._to_measure:
+        elif self._coming.to_measure:
             figures["capo/kl/measured"] = measure_kl()
-        if tokens is not None:
-            figures["capo/kl/rank_correlation"] = rank_correlation(*tokens)
+        if moved is not None:
+            if moved.m_f is not None:
+                figures["capo/kl/rank_correlation"] = rank_correlation(moved.kl, moved.m_f)
             figures["capo/kl/seconds"] = time.perf_counter() - start
-        self._record_tokens(planner)
-        if planner.processes.count > 1:
-            figures["capo/bytes"] = float(planner.processes.take_bytes())
-        self._record(figures | {"capo/seconds": planner.clear()})
-        self._forwards.clear()
+        self._record_tokens()
+        if updates.processes.count > 1:
+            figures["capo/bytes"] = float(updates.processes.take_bytes())
+        self._record(figures | {"capo/seconds": updates.clear()})
+        self._measuring.forwards.clear()
 
-    def _measure_kl(self) -> tuple[float, tuple[Tensor, Tensor]]:
-        """The mean KL over the sampled tokens from the policy before the step to that of the weights now; and each
-        token's KL and m_F."""
-        assert self.planner is not None
-        self._reshard()
-        sample = [forward.sample for forward in self._forwards]
-        mean, *tokens = self.planner.measured_kl(self._hidden_now, self._head(self.model_wrapped), sample)
-        return mean, (tokens[0], tokens[1])
+    def _measure_kl(self) -> Moved:
+        """How far the weights as they are now are from the policy before the step, on the sampled tokens."""
+        assert self.updates is not None
+        self._measuring.reshard()
+        head = self._head(self.model_wrapped)
+        if self.planner is None:
+            return self.updates.measured_kl(self._measuring.hidden_now, head)
+        return self.planner.measured_kl(
+            self._measuring.hidden_now, head, [forward.sample for forward in self._measuring.forwards]
+        )
 
-    def _record_tokens(self, planner: Planner) -> None:
+    def _record_tokens(self) -> None:
         """Write what each token of the step got, where that is asked for; a resumed run writes the same again."""
         args, step = self.args, self.state.global_step
         every = args.capo_tokens_every
         if every is not None and step % every == 0 and self.is_world_process_zero():
             judged_by = {"mode": args.capo_mode, "granularity": args.capo_granularity}
-            write_step(args.output_dir, step_tokens(step, planner, self._rollouts, **judged_by))
-        self._rollouts.clear()
-
-    def _remember(self, score: partial[Any], mask: Tensor, random: list[Tensor] | None) -> None:
-        """Keep what it takes to run a micro-batch's backbone again, on the sample of its completions to be measured.
-
-        `random` is where the generators stood before the loss's forward, if that drew from them (dropout, noise on
-        embeddings, a router's jitter). The same numbers come again only to the same shapes, so then the whole
-        micro-batch is run, and the sample is taken from its tokens.
-        """
-        assert self.planner is not None
-        rows = torch.arange(len(mask), device=mask.device)
-        inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
-        more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
-        sample = (
-            1.0 if more else self.args.capo_kl_sample
-        )  # of more inputs it is not known which belong to a completion
-        if sample < 1:
-            # Of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
-            # sake, since with shards all processes have to take part. The gradient moves most what it was made of, so
-            # those with the largest advantages are taken: the estimate is rather too large than too small.
-            rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-            size = torch.zeros(mask.shape, device=mask.device)
-            size[mask] = self.planner.micro_batches[-1].advantages.abs().float()
-            largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
-            rows = rows[largest[: max(1, round(sample * len(rows)))]].sort().values
-        sampled = torch.zeros_like(mask)
-        sampled[rows] = mask[rows]
-        run_on = sampled
-        if sample < 1 and random is None:
-            inputs = {name: value[rows] for name, value in inputs.items()}
-            run_on = mask[rows]
-        if more or is_peft_model(self.model) or self.accelerator.distributed_type not in _WHOLE:
-            # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
-            # together or may prepend the tokens of a tuned prompt.
-            run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
-        else:
-            run = partial(self._run_backbone, **inputs)
-        self._forwards.append(_Forward(run, run_on, sampled[mask], random))
-
-    def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
-        with self.accelerator.autocast():
-            self._causal_lm(model).base_model(**inputs, use_cache=False)
+            assert self.planner is not None
+            write_step(args.output_dir, step_tokens(step, self.planner, self._coming.rollouts, **judged_by))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-
-    def _hidden_now(self, micro_batch: int) -> Tensor:
-        """The hidden states of a micro-batch's tokens under the weights as they are now."""
-        forward = self._forwards[micro_batch]
-        with (
-            _random_numbers(self._devices(self.model_wrapped), forward.random),
-            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-            self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
-        ):
-            forward.run(self.model_wrapped)
-        self._reshard()
-        return hidden[0][forward.mask]
-
-    def _reshard(self) -> None:
-        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
-        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:
-            for module in self.model_wrapped.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
 
     def _record(self, figures: dict[str, float]) -> None:
         metrics = self._metrics["train"]
@@ -760,38 +703,38 @@ class CAPOTrainer(GRPOTrainer):
         process = self.accelerator.process_index
         # In the middle of a generation batch the rest of it is still to be trained on.
         if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
-            parts = {f"{i}.{name}": v for i, inputs in enumerate(self._buffered_inputs) for name, v in inputs.items()}
-            tensors = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
-            others = {name: value for name, value in parts.items() if name not in tensors}
-            if lost := sorted({name.split(".", 1)[1] for name, value in others.items() if not _is_plain(value)}):
+            path = Path(output_dir, ROLLOUTS_FILE.format(process=process))
+            if lost := save_rollouts(path, self._buffered_inputs):
                 logger.warning(
                     "%s: completions that are still to be trained on have %s, which a checkpoint can't hold: a run "
                     "that goes on from here generates them anew",
                     output_dir,
                     ", ".join(lost),
                 )
-            else:
-                _save(Path(output_dir, ROLLOUTS_FILE.format(process=process)), tensors, others)
         if not self.args.should_save:
             return
         # The same in every process, so one of them writes it.
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         counters: dict[str, Any] = {
             "completions": self._completions,
             "micro_steps": self._step,
             "processes": self.accelerator.num_processes,
+            "predicts": self.planner is not None,
         }
+        if self.updates is not None:
+            counters |= {
+                "steps_skipped": self.updates.steps_skipped,
+                "steps_nonfinite": self.updates.steps_nonfinite,
+                "budget": {} if self._budget is None else self._budget.state_dict(),
+                "noise_known": self._noise_known,
+            }
         if self.planner is not None:
             tensors = self.planner.step.state_dict()
             counters |= {
                 "accepted_tokens": self.planner.accepted_tokens,
-                "steps_skipped": self.planner.steps_skipped,
-                "steps_nonfinite": self.planner.steps_nonfinite,
-                "budget": {} if self._budget is None else self._budget.state_dict(),
-                "noise_known": self._noise_known,
                 "share": {} if self.planner.share is None else self.planner.share.state_dict(),
             }
-        _save(Path(output_dir, STATE_FILE), tensors, counters)
+        save_state(Path(output_dir, STATE_FILE), tensors, counters)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -806,15 +749,19 @@ class CAPOTrainer(GRPOTrainer):
                 f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
                 "without resuming, pass the folder as the model"
             )
-        tensors, counters = _load(path, self.accelerator.device)
+        tensors, counters = load_state(path, self.accelerator.device)
         self._completions, self._step = counters["completions"], counters["micro_steps"]
-        if self.planner is not None:
-            self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
-            self.planner.steps_skipped = counters.get("steps_skipped", 0)
-            self.planner.steps_nonfinite = counters.get("steps_nonfinite", 0)
+        if self.updates is not None:
+            self.updates.steps_skipped = counters.get("steps_skipped", 0)
+            self.updates.steps_nonfinite = counters.get("steps_nonfinite", 0)
             self._noise_known = counters.get("noise_known", False)
             if self._budget is not None and (kept := counters.get("budget")):
                 self._budget.load_state_dict(kept)
+        predicted = counters.get("predicts", True)
+        if self.planner is not None and not predicted and self.args.capo_mode not in DECIDING:
+            logger.warning("%s has no moments of a step model: they start from zero, and are off for a while", path)
+        elif self.planner is not None:
+            self.planner.accepted_tokens = counters.get("accepted_tokens", 0)
             if self.planner.share is not None and (kept := counters.get("share")):
                 self.planner.share.load_state_dict(kept)
             self.planner.step.load_state_dict(tensors)
@@ -830,23 +777,21 @@ class CAPOTrainer(GRPOTrainer):
             return
         path = Path(checkpoint, ROLLOUTS_FILE.format(process=self.accelerator.process_index))
         if path.exists():
-            rollouts: dict[int, dict[str, Any]] = {}
-            tensors, others = _load(path, self.accelerator.device)
-            for name, value in (tensors | others).items():
-                i, key = name.split(".", 1)
-                rollouts.setdefault(int(i), {})[key] = value
-            self._buffered_inputs = [rollouts[i] for i in sorted(rollouts)]
+            self._buffered_inputs = load_rollouts(path, self.accelerator.device)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
-    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any."""
+@dataclass
+class _Coming:
+    """What is known of one optimizer step; each has its own."""
 
-    run: Callable[[nn.Module], Any]
-    mask: Tensor
-    sample: Tensor
-    random: list[Tensor] | None
+    to_log: bool = True  # whether its figures will be
+    to_measure: bool = True  # whether its KL is
+    scale: float = 1.0  # of the schedule's learning rate
+    norm: float | None = None  # of its gradient, before clipping
+    skipped: bool = False  # whether it was left out
+    empty: bool = False  # whether it has no tokens to measure its KL on
+    informative: bool = True  # whether it has a gradient of its own
+    rollouts: list[tuple[dict[str, Any], Tensor]] = field(default_factory=list)  # each micro-batch's inputs and mask
 
 
 class _AroundTheStep(TrainerCallback):
@@ -885,58 +830,6 @@ _STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
     ),
     "sgd": lambda args: SGDStep(args.learning_rate),
 }
-
-
-def _save(path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-    with written_whole(path) as unfinished:
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            unfinished,
-            metadata={"counters": json.dumps(counters)},
-        )
-
-
-def _load(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(file.metadata()["counters"])
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON gives the value back as it was."""
-    try:
-        return json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError):
-        return False
-
-
-def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    """Where each device's generator stands."""
-    return [
-        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-    ]
-
-
-def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
-    for device, state in zip(devices, states, strict=True):
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
-    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
-    move the random numbers that training draws from."""
-    before = _random_state(devices)
-    try:
-        if start is not None:
-            _set_random_state(devices, start)
-        yield
-    finally:
-        _set_random_state(devices, before)
 
 
 def _check_columns(*datasets: Any) -> None:
