@@ -24,6 +24,7 @@ from capo_rl.curvature.last_layer import (
     SupportRows,
     check_tokens,
     last_layer,
+    log_pi_of,
     logit_chunks,
     row_gradient,
     support_rows,
@@ -393,12 +394,12 @@ class Planner:
         return figures | {"capo/accepted_tokens": float(self.accepted_tokens)}
 
     @torch.no_grad()
-    def measured_kl(self, hidden: Callable[[int], Tensor], head: Head, sample: list[Tensor] | None = None) -> Moved:
+    def measured_kl(self, now: Callable[[int], Tensor], head: Head | None, sample: list[Tensor] | None = None) -> Moved:
         """How far the step just taken moved the policy at its tokens, or at a sample of them.
 
-        `hidden(i)` [m, d] are the hidden states after the step of micro-batch i's tokens, or of those that `sample[i]`
-        [n] marks, and `head` is the head after it; with random numbers in the forward pass (dropout) they have to be
-        those of the loss's. Raises `RuntimeError` before `commit`.
+        `now(i)` [m, d] are the hidden states after the step of micro-batch i's tokens, or of those that `sample[i]` [n]
+        marks, and `head` is the head after it; without a head they are the logits [m, V]. With random numbers in the
+        forward pass (dropout) they have to be those of the loss's. Raises `RuntimeError` before `commit`.
         """
         if not self._over:
             raise RuntimeError("measured_kl came before commit: call commit before the optimizer's step")
@@ -407,7 +408,8 @@ class Planner:
         kls, m_fs = [], []
         for i, (batch, chosen) in enumerate(zip(self.micro_batches, sample, strict=True)):
             layer = batch.layer[chosen]
-            kls.append(measured_kl(layer, head.log_pi(hidden(i), layer.support, self.temperature)))
+            log_pi = log_pi_of if head is None else head.log_pi
+            kls.append(measured_kl(layer, log_pi(now(i), layer.support, self.temperature)))
             m_fs.append(batch.shifts.m_f[chosen])
         kl, m_f = self.processes.gather(torch.cat(kls)), self.processes.gather(torch.cat(m_fs))
         # processes of different machines may sum in another order, and must go back equally far

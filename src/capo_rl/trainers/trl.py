@@ -28,7 +28,6 @@ from accelerate.utils import DistributedType, is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
@@ -36,25 +35,20 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.head import Head
+from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.planning.planner import MicroBatch, Planner
+from capo_rl.planning.rerun import drew, random_numbers, random_state, reshard, sampled_rows
 from capo_rl.planning.telemetry import rank_correlation, synchronise
-from capo_rl.planning.trust_region import (
-    Backtracking,
-    CopiedStep,
-    RecomputedStep,
-    Steering,
-    TrustRegion,
-    check_recomputable,
-    way_back,
-)
+from capo_rl.planning.trust_region import TrustRegion, check_recomputable, way_back
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
 from capo_rl.runs.models import check_head
 from capo_rl.runs.records import versions, written_whole
 from capo_rl.runs.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.settings.config import CAPOConfig
+from capo_rl.settings.own import control_of, planner_of, step_of
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
@@ -137,7 +131,8 @@ class CAPOTrainer(GRPOTrainer):
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
         self._forwards: list[_Forward] = []  # to measure an update
         self._rollouts: list[tuple[dict[str, Any], Tensor]] = []  # to record tokens: each micro-batch's inputs and mask
-        self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
+        # DeepSpeed keeps the weights that count to itself, so there is no way back along its steps.
+        self._budget = control_of(args, args.learning_rate, None if self.is_deepspeed_enabled else way_back)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
         self._scale = 1.0  # of the step's learning rate
@@ -162,18 +157,8 @@ class CAPOTrainer(GRPOTrainer):
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
             self._fit = self._known_fit()
-            self.planner = Planner(
-                _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
-                args.thresholds,
-                temperature=args.temperature,
-                top_k=args.capo_top_k,
-                fisher=args.capo_fisher,
-                max_missing_mass=args.capo_max_missing_mass,
-                soft=args.capo_soft,
-                penalty=args.capo_penalty,
-                translated=args.capo_units == "translated",
-                share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
-            )
+            step = self._step_model(choose(args.capo_step, args.capo_mode, self._fit))
+            self.planner = planner_of(args, step, args.temperature)
             self.add_callback(_AroundTheStep(self))
         if self._recomputes and self.optimizer is not None:
             check_recomputable(self._optimizer())
@@ -213,7 +198,7 @@ class CAPOTrainer(GRPOTrainer):
         fit = fit_of_optimizer(optimizer)
         if fit.model != self._fit.model:  # made by a subclass
             self._fit = fit
-            if not isinstance(step, type(_STEPS[choose(args.capo_step, args.capo_mode, fit)](args))):
+            if not isinstance(step, type(self._step_model(choose(args.capo_step, args.capo_mode, fit)))):
                 raise ValueError(
                     f"the optimizer is {fit.name} and optim={getattr(args.optim, 'value', args.optim)!r}, by which "
                     f"capo_step='auto' chose: set capo_step={fit.model or 'adam'!r}"
@@ -228,14 +213,10 @@ class CAPOTrainer(GRPOTrainer):
             if self.planner.share is not None:
                 self.planner.share.beta2 = step.betas[1]
 
-    def _control(self, budget: float) -> Backtracking | Steering:
-        """What keeps the budget."""
+    def _step_model(self, model: str) -> AdamStep | SGDStep:
+        """The model of the optimizer's step, with the constants of `args`."""
         args = self.args
-        if args.capo_kl_control == "learning_rate":
-            # DeepSpeed keeps the weights that count to itself, so there is no way back along its steps.
-            way = None if self.is_deepspeed_enabled else way_back
-            return Steering(budget, args.capo_kl_start * args.learning_rate, way)
-        return Backtracking(budget, CopiedStep if args.capo_kl_control == "copy" else RecomputedStep)
+        return step_of(args, model, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
 
     def _check_deepspeed(self) -> None:
         """DeepSpeed takes its step inside the backward pass, before anything of the step is known but its rollouts."""
@@ -328,14 +309,13 @@ class CAPOTrainer(GRPOTrainer):
             mask = mask & inputs["tool_mask"].bool()
         self._to_log, self._to_measure = self._due()
         measured = self._to_measure or self._budget is not None
-        before = _random_state(self._devices(model)) if measured else []
+        before = random_state(self._devices(model)) if measured else []
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
-        after = _random_state(self._devices(model)) if measured else []
+        after = random_state(self._devices(model)) if measured else []
         self._select(model, inputs, mask, hidden[0], logps)
         if measured:
-            random = any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
-            self._remember(score, mask, before if random else None)
+            self._remember(score, mask, before if drew(before, after) else None)
         if self.args.capo_tokens_every is not None:
             self._rollouts.append((inputs, mask))
         return logps, entropies, aux_loss
@@ -351,7 +331,7 @@ class CAPOTrainer(GRPOTrainer):
             self._head(model),
             inputs["completion_ids"][mask],
             advantages[mask],
-            self._subsets(inputs, mask),
+            subset_numbers(self.args.capo_granularity, mask, inputs.get("capo_group")),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
         )
         self._check_log_probs(planned, logps.detach()[mask], hidden.dtype)
@@ -393,20 +373,6 @@ class CAPOTrainer(GRPOTrainer):
                 "a token's gradient is not that of its own advantage, so the loss did not read the advantages CAPO "
                 "wrote as one a token: use a loss that does, or capo_mode='trust_region', which writes none"
             )
-
-    def _subsets(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-        """Each token's subset number for the configured granularity, or None for tokens on their own."""
-        rows = torch.arange(len(mask), device=mask.device)
-        of_sequence = {
-            "token": lambda: None,
-            "sequence": lambda: rows,
-            "group": lambda: inputs["capo_group"].unique(return_inverse=True)[1],
-            "batch": lambda: torch.zeros_like(rows),
-        }[self.args.capo_granularity]()
-        if of_sequence is None:
-            return None
-        # subsets without a token would be averages over nothing
-        return of_sequence[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
 
     def _check_log_probs(self, planned: MicroBatch, logps: Tensor, dtype: torch.dtype) -> None:
         error = (planned.layer.log_pi_a - logps).abs()
@@ -667,21 +633,11 @@ class CAPOTrainer(GRPOTrainer):
         micro-batch is run, and the sample is taken from its tokens.
         """
         assert self.planner is not None
-        rows = torch.arange(len(mask), device=mask.device)
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
-        sample = (
-            1.0 if more else self.args.capo_kl_sample
-        )  # of more inputs it is not known which belong to a completion
-        if sample < 1:
-            # Of those that have tokens: a truncated completion may be masked out. Where none has, one is run for form's
-            # sake, since with shards all processes have to take part. The gradient moves most what it was made of, so
-            # those with the largest advantages are taken: the estimate is rather too large than too small.
-            rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-            size = torch.zeros(mask.shape, device=mask.device)
-            size[mask] = self.planner.micro_batches[-1].advantages.abs().float()
-            largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
-            rows = rows[largest[: max(1, round(sample * len(rows)))]].sort().values
+        # of more inputs it is not known which belong to a completion
+        sample = 1.0 if more else self.args.capo_kl_sample
+        rows = sampled_rows(mask, self.planner.micro_batches[-1].advantages, sample)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
@@ -708,7 +664,7 @@ class CAPOTrainer(GRPOTrainer):
         """The hidden states of a micro-batch's tokens under the weights as they are now."""
         forward = self._forwards[micro_batch]
         with (
-            _random_numbers(self._devices(self.model_wrapped), forward.random),
+            random_numbers(self._devices(self.model_wrapped), forward.random),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self._hidden_states(self.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
@@ -717,12 +673,8 @@ class CAPOTrainer(GRPOTrainer):
         return hidden[0][forward.mask]
 
     def _reshard(self) -> None:
-        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
-        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
         if self.accelerator.distributed_type == DistributedType.FSDP:
-            for module in self.model_wrapped.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.model_wrapped)
 
     def _record(self, figures: dict[str, float]) -> None:
         metrics = self._metrics["train"]
@@ -873,17 +825,6 @@ class _AroundTheStep(TrainerCallback):
         self.trainer._after_step()
 
 
-_STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
-    "adam": lambda args: AdamStep(
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_epsilon,
-        torch.bfloat16 if args.capo_moments == "bfloat16" else None,
-    ),
-    "sgd": lambda args: SGDStep(args.learning_rate),
-}
-
-
 def _save(path: Path, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
     with written_whole(path) as unfinished:
         save_file(
@@ -905,35 +846,6 @@ def _is_plain(value: Any) -> bool:
         return json.loads(json.dumps(value)) == value
     except (TypeError, ValueError):
         return False
-
-
-def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    """Where each device's generator stands."""
-    return [
-        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-    ]
-
-
-def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
-    for device, state in zip(devices, states, strict=True):
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
-    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
-    move the random numbers that training draws from."""
-    before = _random_state(devices)
-    try:
-        if start is not None:
-            _set_random_state(devices, start)
-        yield
-    finally:
-        _set_random_state(devices, before)
 
 
 def _check_columns(*datasets: Any) -> None:
