@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import capo_rl
-from capo_rl import CAPOTrainer
+from capo_rl import CAPOTrainer, Thresholds
 from conftest import make_model, make_tokenizer
 
 HERE = Path(__file__).parent
@@ -42,8 +42,10 @@ if HAS_VERL:
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
         from verl_cpu import packed, update, workers_on_ray
 
-OPEN = {"fisher_threshold": None, "hessian_low": None, "hessian_high": None}
-NARROW = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
+MASK = {"mode": "mask"}
+OPEN = {"mode": "mask", "share": False, "fisher_threshold": None, "hessian_low": None, "hessian_high": None}
+BOUNDS = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
+NARROW = {"mode": "mask", "share": False} | BOUNDS
 
 
 # ---- without verl ----------------------------------------------------------------------------------------------------
@@ -187,8 +189,11 @@ def test_settings_have_the_defaults_of_the_trl_adapter():
 
     from capo_rl import CAPOConfig
 
+    assert {field.name for field in fields(CAPOSettings)} == {
+        name for name in CAPOConfig.__dataclass_fields__ if name.startswith("capo_")
+    }
     for field in fields(CAPOSettings):
-        assert field.default == CAPOConfig.__dataclass_fields__[f"capo_{field.name}"].default, field.name
+        assert field.default == CAPOConfig.__dataclass_fields__[field.name].default, field.name
 
 
 @needs_verl
@@ -201,21 +206,21 @@ def test_settings_survive_verls_config_tree():
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         off = compose("capo_aggressive", ["actor_rollout_ref.actor.capo.mode=off"])
     assert isinstance(actor, CAPOActorConfig)
-    assert actor.capo == CAPOSettings(fisher_threshold=1e-5)
+    assert actor.capo == CAPOSettings(capo_mode="mask", capo_share=False, capo_step="adam", capo_fisher_threshold=1e-5)
     assert (actor.optim.lr, actor.loss_agg_mode, actor.fsdp_config.strategy) == (
         1.5e-5,
         "seq-mean-token-mean",
         "fsdp2",
     )
-    assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.mode == "off"
+    assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.capo_mode == "off"
 
 
 @needs_verl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, fisher_threshold"),
-        ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask"),
+        ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, granularity"),
+        ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask, shorten, trust_region"),
         ({"capo": {"top_k": 0}}, "actor.capo.top_k=0 must be at least 1"),
         ({"capo": {"max_missing_mass": 2}}, "actor.capo.max_missing_mass=2 is a probability"),
         (
@@ -223,18 +228,27 @@ def test_settings_survive_verls_config_tree():
             "actor.capo.hessian_low=1 and actor.capo.hessian_high=0: the l",
         ),
         ({"capo": {"fisher_threshold": 0.0}}, "actor.capo.fisher_threshold=0.0 must be above 0"),
+        ({"capo": {"top_k": "many"}}, "actor.capo.top_k='many' must be a whole number"),
+        ({"capo": {"kl_budget": 0}}, "actor.capo.kl_budget=0 must be above 0"),
+        ({"capo": {"mode": "monitor", "kl_budget": 1e-3}}, "actor.capo.mode='monitor' must not: use actor.capo.mode="),
+        ({"capo": {"soft": True}}, "actor.capo.soft and actor.capo.penalty take the mask's place, and actor.capo.mode="),
+        ({"capo": {"step": "sgd", "units": "translated"}}, "actor.capo.units='translated' is for the shifts of"),
+        ({"capo": {"advantage": "reward"}}, "actor.capo.advantage is not for verl: algorithm.adv_estimator"),
+        ({"capo": {"tokens_every": 1}}, "actor.capo.tokens_every is not for verl: only TRL's adapter records tokens"),
         ({"strategy": "veomni"}, "actor.strategy='veomni' is not FSDP"),
         ({"ulysses_sequence_parallel_size": 2}, "actor.ulysses_sequence_parallel_size=2 splits a sequence"),
         ({"use_fused_kernels": True}, "actor.use_fused_kernels=True hides the output head"),
         ({"use_prefix_grouper": True}, "actor.use_prefix_grouper=True"),
-        ({"policy_loss": {"loss_mode": "gspo"}}, "actor.policy_loss.loss_mode='gspo'"),
+        ({"policy_loss": {"loss_mode": "gspo"}, "capo": MASK}, "actor.policy_loss.loss_mode='gspo' does not leave a"),
+        ({"policy_loss": {"loss_mode": "gpg"}, "capo": MASK}, "does not say what a rejected token would have weighed"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_anything_runs(settings, message):
     from verl.workers.config import PolicyLossConfig
 
+    settings = dict(settings)
     if "policy_loss" in settings:
-        settings = {"policy_loss": PolicyLossConfig(**settings["policy_loss"])}
+        settings["policy_loss"] = PolicyLossConfig(**settings["policy_loss"])
     with pytest.raises(ValueError, match="(?s)" + message.replace("(", r"\(")):
         actor_config(settings.pop("capo", {}), **settings)
 
@@ -368,7 +382,7 @@ def test_a_step_with_every_token_rejected_is_skipped(engine):
     built, loss = engine(capo=OPEN)
     train(built, loss, [make_batch()])
     weights, moments = weights_of(built), built.planner.step.state_dict()
-    built.planner.thresholds = CAPOSettings(fisher_threshold=0.0).thresholds
+    built.planner.thresholds = Thresholds(fisher=0.0)
     (out,) = train(built, loss, [make_batch(1)])
     assert out["metrics"]["capo/rejection_rate"] == [1.0]
     assert out["metrics"]["capo/steps_skipped"] == [1.0]
@@ -438,10 +452,10 @@ def test_several_temperatures_are_an_error(engine):
 
 @needs_verl
 def test_adams_step_model_wants_adam(engine):
-    built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})
+    built, loss = engine(capo={"step": "adam"}, optimizer={"optimizer": "SGD"})
     with pytest.raises(ValueError, match=r"actor\.capo\.step='adam' models Adam"):
         train(built, loss, [make_batch()])
-    built, loss = engine(capo={"step": "sgd"}, optimizer={"optimizer": "SGD"})
+    built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})  # `auto`
     train(built, loss, [make_batch()])
 
 
