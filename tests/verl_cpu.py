@@ -104,6 +104,8 @@ def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batc
     }
     if "ref_log_prob" in batch:
         tensors["ref_log_prob"] = batch["ref_log_prob"]
+    if "uid" in batch:
+        tensors["uid"] = batch["uid"]
     (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature
     data = tensordict_utils.get_tensordict(tensors, settings)
     for name in ("input_ids", "position_ids"):
