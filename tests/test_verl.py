@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import capo_rl
 from capo_rl import CAPOTrainer, Thresholds
@@ -40,7 +41,7 @@ if HAS_VERL:
         from verl.workers.utils.padding import no_padding_2_padding
 
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
-        from verl_cpu import packed, update, workers_on_ray
+        from verl_cpu import fsdp1_on_cpu, packed, update, workers_on_ray
 
 MASK = {"mode": "mask"}
 OPEN = {"mode": "mask", "share": False, "fisher_threshold": None, "hessian_low": None, "hessian_high": None}
@@ -108,8 +109,10 @@ def engine(tmp_path, one_process):
             FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10, **(optimizer or {})),
             CheckpointConfig(),
         )
+        if strategy == "fsdp":
+            fsdp1_on_cpu()
         built.initialize()
-        return built, partial(ppo_loss, config=actor_config(capo, **actor))
+        return built, partial(ppo_loss, config=actor_config(capo, strategy=strategy, **actor))
 
     return engine
 
@@ -139,7 +142,7 @@ def watched(kind):
                 self.weights.append([batch.weights for batch in planner.micro_batches])
                 self.shifts.append([batch.shifts for batch in planner.micro_batches])
             gradients = (weight.grad for weight in self.module.parameters() if weight.requires_grad)
-            self.gradients.append([gradient.full_tensor().clone() for gradient in gradients])
+            self.gradients.append([whole(gradient).clone() for gradient in gradients])
             return super().optimizer_step()
 
     return Watched
@@ -177,8 +180,12 @@ def train(engine, loss, batches, **how):
 
 
 def weights_of(engine):
-    # of one process `full_tensor` is the weight itself
-    return {name: each.full_tensor().clone() for name, each in engine.module.state_dict().items()}
+    return {name: whole(each).clone() for name, each in engine.module.state_dict().items()}
+
+
+def whole(tensor):
+    # of one process `full_tensor` is the tensor itself, and FSDP1's is no DTensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- loading and settings --------------------------------------------------------------------------------------------
@@ -617,6 +624,22 @@ def test_an_update_over_the_budget_is_taken_back(engine):
 
 
 @needs_verl
+@pytest.mark.parametrize("capo", [{"mode": "trust_region"}, {"mode": "shorten", "kl_control": "copy"}])
+def test_both_kinds_of_fsdp_take_the_same_steps(engine, capo):
+    runs = []
+    for strategy in ("fsdp2", "fsdp"):
+        built, loss = engine(capo=BUDGET | BOUNDS | capo, strategy=strategy)
+        outputs = train(built, loss, [make_batch(seed) for seed in range(3)])
+        runs.append(([out["metrics"] for out in outputs], weights_of(built)))
+    (figures, weights), (other_figures, other_weights) = runs
+    for one, other in zip(figures, other_figures, strict=True):
+        for name in LENGTHS & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    for name, each in weights.items():
+        torch.testing.assert_close(each, other_weights[name], rtol=1e-5, atol=1e-7)
+
+
+@needs_verl
 def test_kl_is_measured_with_the_random_numbers_of_the_loss(engine):
     """With dropout the KL of no step at all is rounding, and the numbers training draws are not moved."""
     losses = []
@@ -640,7 +663,7 @@ def test_kl_is_measured_with_the_random_numbers_of_the_loss(engine):
 @needs_verl
 def test_a_group_wants_the_trainers_uid(engine):
     built, loss = engine(capo={"granularity": "group"})
-    with pytest.raises(ValueError, match="actor.capo.granularity='group' goes by the uid"):
+    with pytest.raises(ValueError, match=r"actor\.capo\.granularity='group' goes by the uid"):
         train(built, loss, [make_batch()])
 
 
@@ -677,9 +700,31 @@ def test_resuming_without_the_moments_is_an_error(engine, tmp_path):
 
 
 @needs_verl
+def test_a_checkpoint_of_another_number_of_workers_is_refused_by_name(engine, tmp_path):
+    built, loss = engine(capo={})
+    train(built, loss, [make_batch()])
+    built.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
+    for path in (tmp_path / "checkpoint").glob("*_world_size_1_*"):
+        path.rename(path.with_name(path.name.replace("size_1", "size_2")))
+    with pytest.raises(ValueError, match="was written by 2 workers, and these are 1"):
+        built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+
+
+@needs_verl
+def test_a_checkpoint_without_the_share_is_refused_where_it_is_asked_for(engine, tmp_path):
+    built, loss = engine(capo=NARROW)
+    train(built, loss, [make_batch()])
+    built.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
+    built, loss = engine(capo=NARROW | {"share": True})
+    built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+    with pytest.raises(ValueError, match="had no share"):
+        train(built, loss, [make_batch(1)])
+
+
+@needs_verl
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "fsdp2"), (2, "fsdp2"), (2, "fsdp")])
+def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy):
     """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
     from verl.workers.config import TrainingWorkerConfig
 
@@ -687,7 +732,8 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
     alone, loss = engine(capo=NARROW | BUDGET)
     outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
-    settings = engine_config()
+    settings = engine_config(strategy=strategy)
+    loss.keywords["config"].strategy = strategy
     settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
     config = TrainingWorkerConfig(
         model_type="language_model",

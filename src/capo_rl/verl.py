@@ -562,7 +562,18 @@ class CAPOEngine(FSDPEngineWithLMHead):
             )
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """verl's, and what CAPO has learned where the folder has it; training without it raises."""
+        """verl's, and what CAPO has learned where the folder has it; training without it raises.
+
+        Raises `ValueError` for a checkpoint of another number of workers, whose shards verl can't read.
+        """
+        names = [path.name for path in Path(local_path).glob("model_world_size_*_rank_*.pt")]
+        written, workers = {int(name.split("_")[3]) for name in names}, torch.distributed.get_world_size()
+        if written and workers not in written:
+            raise ValueError(
+                f"{local_path} was written by {min(written)} workers, and these are {workers}: verl reads each "
+                "worker's own shard, so go on with as many (trainer.n_gpus_per_node, trainer.nnodes); or start from its "
+                "weights, merged by `python -m verl.model_merger merge`, as actor_rollout_ref.model.path"
+            )
         super().load_checkpoint(local_path, *args, **kwargs)
         if self.engine_config.forward_only or self.optimizer is None:
             return
