@@ -733,7 +733,6 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
     outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
     settings = engine_config(strategy=strategy)
-    loss.keywords["config"].strategy = strategy
     settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
     config = TrainingWorkerConfig(
         model_type="language_model",

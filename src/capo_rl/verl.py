@@ -571,8 +571,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if written and workers not in written:
             raise ValueError(
                 f"{local_path} was written by {min(written)} workers, and these are {workers}: verl reads each "
-                "worker's own shard, so go on with as many (trainer.n_gpus_per_node, trainer.nnodes); or start from its "
-                "weights, merged by `python -m verl.model_merger merge`, as actor_rollout_ref.model.path"
+                "worker's own shard, so go on with as many (trainer.n_gpus_per_node, trainer.nnodes); or start from "
+                "its weights, merged by `python -m verl.model_merger merge`, as actor_rollout_ref.model.path"
             )
         super().load_checkpoint(local_path, *args, **kwargs)
         if self.engine_config.forward_only or self.optimizer is None:

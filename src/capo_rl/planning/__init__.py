@@ -2,5 +2,5 @@
 
 `planner` selects over a step's micro-batches and follows its moments; `share` is how much of the step the accepted
 tokens have earned; `divergence` is the KL an update really had, and `trust_region` holds updates to a budget of it;
-`telemetry` is what is logged. Free of any trainer.
+`rerun` runs a micro-batch again for that; `telemetry` is what is logged. Free of any trainer.
 """
