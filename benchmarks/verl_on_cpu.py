@@ -5,7 +5,7 @@
 Real: verl's `TrainingWorker` in its own worker group on Ray, its FSDP engine (as `capo_rl.verl.CAPOEngine`), its loss,
 optimizer and dispatch, and its GRPO advantages. Stood in for, since verl's trainer wants GPUs and its rollout vLLM or
 SGLang: the trainer's loop, by the lines below, and the rollout, by `generate` of transformers with the workers'
-weights. The model is the tests' tiny one, rewarded for even words; CAPO has its defaults. Needs what docs/verl.md
+weights. The model is the tests' tiny one, rewarded for even words; CAPO is the paper's mask. Needs what docs/verl.md
 installs; writes results/verl/cpu.json.
 """
 
@@ -59,7 +59,8 @@ def main(steps: int, workers: int, lr: float, out: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         share = COMPLETIONS // workers
-        actor = CAPOActorConfig(strategy="fsdp2", rollout_n=GROUP, ppo_micro_batch_size_per_gpu=share)
+        paper = {"mode": "mask", "share": False}
+        actor = CAPOActorConfig(capo=paper, strategy="fsdp2", rollout_n=GROUP, ppo_micro_batch_size_per_gpu=share)
         engine = FSDPEngineConfig(
             strategy="fsdp2",
             mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32"},

@@ -177,7 +177,7 @@ def test_a_stock_trainers_run_is_read_from_its_newest_checkpoint(build, tmp_path
 
 
 def test_our_own_runs_are_read_with_their_settings(build, tmp_path):
-    trainer = build(max_steps=12, capo_mode="trust_region")
+    trainer = build(max_steps=12, capo_mode="trust_region", capo_watch=True)
     trainer.train()
     folder = tmp_path / "ours"
     folder.mkdir()
@@ -195,7 +195,7 @@ def test_the_eight_curves_of_the_docs_are_logged_and_the_filter_finds_them_alone
     section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
     named = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
     (pattern,) = re.findall(r"^    (\^.*\$)$", section, re.MULTILINE)
-    trainer = build(max_steps=1, capo_mode="trust_region")
+    trainer = build(max_steps=1, capo_mode="trust_region", capo_watch=True)
     trainer.train()
     logged = next(row for row in trainer.state.log_history if "reward" in row)
     assert len(named) == 8

@@ -20,10 +20,12 @@ MODES = {
     "mask, share": {"capo_mode": "mask", "capo_share": True},
     "shorten": {"capo_mode": "shorten"},
     "default": {"capo_mode": "trust_region", **BUDGET},
+    "default, watched": {"capo_mode": "trust_region", "capo_watch": True, **BUDGET},
     "slow start": {"capo_mode": "trust_region", **BUDGET, "capo_kl_start": 1e-2},  # nothing has to be taken back
     "copy": {"capo_mode": "trust_region", "capo_kl_control": "copy", **BUDGET},
     "optimizer": {"capo_mode": "trust_region", "capo_kl_control": "optimizer", **BUDGET},
 }
+UNWATCHED = ("default", "slow start", "copy", "optimizer")  # where nothing is predicted
 # What an engine changes, and by how much of the step it may differ: half precision rounds by the shapes of a batch.
 ENGINES = {
     "ddp": (2, {}, 1e-3),
@@ -92,11 +94,13 @@ def test_the_step_of_deepspeed_is_that_of_one_process(steps, engine, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_that_a_loss_scaler_leaves_out_was_none(steps, engine, mode):
     """The optimizer and its model have taken the steps of a float32 run whose first loss was NaN."""
-    taken, left_out = steps(engine, mode)["moments"]["steps"], "without the first step"
+    moments, left_out = steps(engine, mode)["moments"], "without the first step"
     if mode == "monitor":  # which leaves a loss of NaN to TRL
-        assert taken == 2
+        assert moments["steps"] == 2
     else:
-        assert taken == steps(left_out, mode)["moments"]["steps"] < 3
+        assert ("steps" in moments) == (mode not in UNWATCHED)
+        if moments:
+            assert moments["steps"] == steps(left_out, mode)["moments"]["steps"] < 3
         assert difference(steps, engine, mode, left_out) <= 0.2
 
 

@@ -45,6 +45,7 @@ def test_a_loop_of_ones_own_equals_the_trainer_on_the_same_rollouts(tmp_path, mo
         # TRL's loss is in single precision, whose rounding a smaller epsilon makes large where gradients are small
         "adam_epsilon": 1e-4,
         "capo_kl_sample": 1.0,
+        "capo_watch": True,  # the loop's planner predicts too
     }
     trainer = CAPOTrainer(
         model=load_model("embedded").double(),

@@ -201,7 +201,15 @@ RAISED = {
 # In a loop of one's own.
 RAISED |= {message: lambda *given, call=call: call(given[-1]) for message, call in (TOLD | REFUSED).items()}
 # These take an engine that is not installed everywhere.
-WRITTEN = {"which CAPO can't work with", "the loss came without its settings"}
+WRITTEN = {
+    "which CAPO can't work with",
+    "the loss came without its settings",
+    "is not for verl",
+    "does not say what a rejected token would have weighed",
+    "keeps the scales of weights that a KL budget may take back",
+    "goes by the uid",
+    "workers, and these are",
+}
 
 
 def test_every_message_of_the_page_is_tried():

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import capo_rl
-from capo_rl import CAPOTrainer
+from capo_rl import CAPOTrainer, Thresholds
 from conftest import make_model, make_tokenizer
 
 HERE = Path(__file__).parent
@@ -40,10 +41,15 @@ if HAS_VERL:
         from verl.workers.utils.padding import no_padding_2_padding
 
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
-        from verl_cpu import packed, update, workers_on_ray
+        from verl_cpu import fsdp1_on_cpu, packed, update, workers_on_ray
 
-OPEN = {"fisher_threshold": None, "hessian_low": None, "hessian_high": None}
-NARROW = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
+MASK = {"mode": "mask"}
+OPEN = {"mode": "mask", "share": False, "fisher_threshold": None, "hessian_low": None, "hessian_high": None}
+BOUNDS = {"fisher_threshold": 0.04, "hessian_low": -0.15, "hessian_high": 0.15}  # rejects some tokens, keeps others
+NARROW = {"mode": "mask", "share": False} | BOUNDS
+BUDGET = {"share": True, "kl_budget": 2e-3, "kl_start": 0.1, "kl_sample": 1.0}
+LENGTHS = ("share", "scale", "learning_rate", "kl/measured", "kl/proposed", "kl/fraction", "kl/predicted", "weight")
+LENGTHS = {f"capo/{name}" for name in LENGTHS}
 
 
 # ---- without verl ----------------------------------------------------------------------------------------------------
@@ -82,7 +88,16 @@ def engine(tmp_path, one_process):
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
 
-    def engine(kind=None, capo=None, remove_padding=True, optimizer=None, model=None, precision="fp32", **actor):
+    def engine(
+        kind=None,
+        capo=None,
+        remove_padding=True,
+        optimizer=None,
+        model=None,
+        precision="fp32",
+        strategy="fsdp2",
+        **actor,
+    ):
         built = watched(kind or CAPOEngine)(
             HFModelConfig(
                 path=str(tmp_path / "model"),
@@ -90,19 +105,21 @@ def engine(tmp_path, one_process):
                 override_config={"attn_implementation": "sdpa"},
                 **({"enable_gradient_checkpointing": False} | (model or {})),
             ),
-            engine_config(precision),
+            engine_config(precision, strategy),
             FSDPOptimizerConfig(lr=1e-2, weight_decay=0.0, total_training_steps=10, **(optimizer or {})),
             CheckpointConfig(),
         )
+        if strategy == "fsdp":
+            fsdp1_on_cpu()
         built.initialize()
-        return built, partial(ppo_loss, config=actor_config(capo, **actor))
+        return built, partial(ppo_loss, config=actor_config(capo, strategy=strategy, **actor))
 
     return engine
 
 
-def engine_config(precision="fp32"):
+def engine_config(precision="fp32", strategy="fsdp2"):
     precision = {"param_dtype": precision, "reduce_dtype": "fp32"}
-    return FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False)
+    return FSDPEngineConfig(strategy=strategy, mixed_precision=precision, use_torch_compile=False)
 
 
 def actor_config(capo=None, **fields):
@@ -125,7 +142,7 @@ def watched(kind):
                 self.weights.append([batch.weights for batch in planner.micro_batches])
                 self.shifts.append([batch.shifts for batch in planner.micro_batches])
             gradients = (weight.grad for weight in self.module.parameters() if weight.requires_grad)
-            self.gradients.append([gradient.full_tensor().clone() for gradient in gradients])
+            self.gradients.append([whole(gradient).clone() for gradient in gradients])
             return super().optimizer_step()
 
     return Watched
@@ -163,8 +180,12 @@ def train(engine, loss, batches, **how):
 
 
 def weights_of(engine):
-    # of one process `full_tensor` is the weight itself
-    return {name: each.full_tensor().clone() for name, each in engine.module.state_dict().items()}
+    return {name: whole(each).clone() for name, each in engine.module.state_dict().items()}
+
+
+def whole(tensor):
+    # of one process `full_tensor` is the tensor itself, and FSDP1's is no DTensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- loading and settings --------------------------------------------------------------------------------------------
@@ -187,8 +208,11 @@ def test_settings_have_the_defaults_of_the_trl_adapter():
 
     from capo_rl import CAPOConfig
 
+    assert {field.name for field in fields(CAPOSettings)} == {
+        name for name in CAPOConfig.__dataclass_fields__ if name.startswith("capo_")
+    }
     for field in fields(CAPOSettings):
-        assert field.default == CAPOConfig.__dataclass_fields__[f"capo_{field.name}"].default, field.name
+        assert field.default == CAPOConfig.__dataclass_fields__[field.name].default, field.name
 
 
 @needs_verl
@@ -201,21 +225,24 @@ def test_settings_survive_verls_config_tree():
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         off = compose("capo_aggressive", ["actor_rollout_ref.actor.capo.mode=off"])
     assert isinstance(actor, CAPOActorConfig)
-    assert actor.capo == CAPOSettings(fisher_threshold=1e-5)
+    assert actor.capo == CAPOSettings(capo_mode="mask", capo_share=False, capo_step="adam", capo_fisher_threshold=1e-5)
     assert (actor.optim.lr, actor.loss_agg_mode, actor.fsdp_config.strategy) == (
         1.5e-5,
         "seq-mean-token-mean",
         "fsdp2",
     )
-    assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.mode == "off"
+    assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.capo_mode == "off"
 
 
 @needs_verl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, fisher_threshold"),
-        ({"capo": {"mode": "masked"}}, "actor.capo.mode='masked' is not one of off, monitor, mask"),
+        ({"capo": {"fisher_treshold": 1e-4}}, "actor.capo has no fisher_treshold: it has mode, granularity"),
+        (
+            {"capo": {"mode": "masked"}},
+            "actor.capo.mode='masked' is not one of off, monitor, mask, shorten, trust_region",
+        ),
         ({"capo": {"top_k": 0}}, "actor.capo.top_k=0 must be at least 1"),
         ({"capo": {"top_p": 1.5}}, "actor.capo.top_p=1.5 is a probability"),
         ({"capo": {"max_missing_mass": 2}}, "actor.capo.max_missing_mass=2 is a probability"),
@@ -224,18 +251,30 @@ def test_settings_survive_verls_config_tree():
             "actor.capo.hessian_low=1 and actor.capo.hessian_high=0: the l",
         ),
         ({"capo": {"fisher_threshold": 0.0}}, "actor.capo.fisher_threshold=0.0 must be above 0"),
+        ({"capo": {"top_k": "many"}}, "actor.capo.top_k='many' must be a whole number"),
+        ({"capo": {"kl_budget": 0}}, "actor.capo.kl_budget=0 must be above 0"),
+        ({"capo": {"mode": "monitor", "kl_budget": 1e-3}}, "actor.capo.mode='monitor' must not: use actor.capo.mode="),
+        (
+            {"capo": {"soft": True}},
+            "actor.capo.soft and actor.capo.penalty take the mask's place, and actor.capo.mode=",
+        ),
+        ({"capo": {"step": "sgd", "units": "translated"}}, "actor.capo.units='translated' is for the shifts of"),
+        ({"capo": {"advantage": "reward"}}, "actor.capo.advantage is not for verl: algorithm.adv_estimator"),
+        ({"capo": {"tokens_every": 1}}, "actor.capo.tokens_every is not for verl: only TRL's adapter records tokens"),
         ({"strategy": "veomni"}, "actor.strategy='veomni' is not FSDP"),
         ({"ulysses_sequence_parallel_size": 2}, "actor.ulysses_sequence_parallel_size=2 splits a sequence"),
         ({"use_fused_kernels": True}, "actor.use_fused_kernels=True hides the output head"),
         ({"use_prefix_grouper": True}, "actor.use_prefix_grouper=True"),
-        ({"policy_loss": {"loss_mode": "gspo"}}, "actor.policy_loss.loss_mode='gspo'"),
+        ({"policy_loss": {"loss_mode": "gspo"}, "capo": MASK}, "actor.policy_loss.loss_mode='gspo' does not leave a"),
+        ({"policy_loss": {"loss_mode": "gpg"}, "capo": MASK}, "does not say what a rejected token would have weighed"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_anything_runs(settings, message):
     from verl.workers.config import PolicyLossConfig
 
+    settings = dict(settings)
     if "policy_loss" in settings:
-        settings = {"policy_loss": PolicyLossConfig(**settings["policy_loss"])}
+        settings["policy_loss"] = PolicyLossConfig(**settings["policy_loss"])
     with pytest.raises(ValueError, match="(?s)" + message.replace("(", r"\(")):
         actor_config(settings.pop("capo", {}), **settings)
 
@@ -369,7 +408,7 @@ def test_a_step_with_every_token_rejected_is_skipped(engine):
     built, loss = engine(capo=OPEN)
     train(built, loss, [make_batch()])
     weights, moments = weights_of(built), built.planner.step.state_dict()
-    built.planner.thresholds = CAPOSettings(fisher_threshold=0.0).thresholds
+    built.planner.thresholds = Thresholds(fisher=0.0)
     (out,) = train(built, loss, [make_batch(1)])
     assert out["metrics"]["capo/rejection_rate"] == [1.0]
     assert out["metrics"]["capo/steps_skipped"] == [1.0]
@@ -439,10 +478,10 @@ def test_several_temperatures_are_an_error(engine):
 
 @needs_verl
 def test_adams_step_model_wants_adam(engine):
-    built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})
+    built, loss = engine(capo={"step": "adam"}, optimizer={"optimizer": "SGD"})
     with pytest.raises(ValueError, match=r"actor\.capo\.step='adam' models Adam"):
         train(built, loss, [make_batch()])
-    built, loss = engine(capo={"step": "sgd"}, optimizer={"optimizer": "SGD"})
+    built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})  # `auto`
     train(built, loss, [make_batch()])
 
 
@@ -524,23 +563,130 @@ def test_masks_shifts_moments_and_weights_are_those_of_the_trl_adapter(
     assert differences["weights"] < 1e-4
 
 
+@needs_verl
+@pytest.mark.parametrize(
+    "capo",
+    [
+        {"mode": "trust_region", "kl_budget": 2e-3, "kl_start": 0.1},
+        {"mode": "shorten", "kl_budget": 1e-2, "kl_control": "copy"},
+        {"mode": "mask", "kl_budget": 1e-2, "kl_control": "optimizer"},
+        {"mode": "mask", "granularity": "sequence"},
+        {"mode": "mask", "granularity": "group"},
+        {"mode": "mask", "soft": True},
+    ],
+    ids=["trust_region", "shorten", "mask", "sequence", "group", "soft"],
+)
+def test_steps_are_as_long_as_those_of_the_trl_adapter(build, engine, capo, record_property):
+    """Verdicts, the share, the length of each step and its KL on half of the completions, the weights after five."""
+    capo = BOUNDS | {"share": True, "kl_sample": 0.5} | capo
+    how = {f"capo_{name}": value for name, value in capo.items()}
+    how["capo_watch"] = True  # verl's adapter predicts in every mode
+    trainer = build(recorded(CAPOTrainer), loss_type="grpo", temperature=0.9, max_grad_norm=0.3, **how)
+    trainer.train()
+    built, loss = engine(capo=capo, optimizer={"clip_grad": 0.3}, loss_agg_mode="seq-mean-token-mean")
+    logged = [entry for entry in trainer.state.log_history if "capo/scale" in entry]
+    assert len(logged) == 5
+    differences: dict[str, float] = {}
+    for i, entry in enumerate(logged):
+        micro_batches = trainer.seen[2 * i : 2 * i + 2]
+        batch = with_old_log_probs(built, of_trl(micro_batches))
+        if capo.get("granularity") == "group":
+            batch["uid"] = [f"prompt {n}" for each, _, _ in micro_batches for n in each["capo_group"].tolist()]
+        (out,) = train(built, loss, [batch])
+        for (_, keep, _), verdicts in zip(micro_batches, built.verdicts[-1], strict=True):
+            assert torch.equal(verdicts, keep)
+        ours = {name: figure[0] for name, figure in out["metrics"].items() if name.startswith("capo/")}
+        # those of the rollouts are not the engine's
+        assert {name for name in entry if name.startswith("capo/")} - ours.keys() <= {
+            "capo/completions",
+            "capo/rewards_missing",
+        }
+        for name in LENGTHS & entry.keys():
+            apart = abs(ours[name] - entry[name]) / max(abs(entry[name]), 1e-12)
+            differences[name] = max(differences.get(name, 0.0), apart)
+    record_property("differences", differences)
+    assert {"capo/scale", "capo/learning_rate", "capo/kl/measured"} <= differences.keys()
+    assert ("capo/share" in differences) == (capo["mode"] != "trust_region")
+    assert max(differences.values()) < 1e-3, differences
+    weights = trainer.model.state_dict()
+    assert max(float((each - weights[name]).abs().max()) for name, each in weights_of(built).items()) < 1e-4
+
+
+@needs_verl
+def test_an_update_over_the_budget_is_taken_back(engine):
+    """Its KL is at most the budget, and under `copy` every step is the schedule's."""
+    for control in ("learning_rate", "copy", "optimizer"):
+        built, loss = engine(capo={"kl_budget": 1e-4, "kl_control": control, "kl_start": 1.0, "kl_sample": 1.0})
+        outputs = [out["metrics"] for out in train(built, loss, [make_batch(seed) for seed in range(3)])]
+        assert outputs[0]["capo/kl/proposed"] > [1e-4]
+        assert outputs[0]["capo/kl/fraction"] < [1.0]
+        assert all([0] < out["capo/kl/measured"] <= [1e-4] for out in outputs)
+        assert all(out["capo/scale"] == [1.0] for out in outputs) == (control != "learning_rate")
+        assert built.optimizer.param_groups[0]["lr"] == 1e-2  # the schedule's
+
+
+@needs_verl
+@pytest.mark.parametrize("capo", [{"mode": "trust_region"}, {"mode": "shorten", "kl_control": "copy"}])
+def test_both_kinds_of_fsdp_take_the_same_steps(engine, capo):
+    runs = []
+    for strategy in ("fsdp2", "fsdp"):
+        built, loss = engine(capo=BUDGET | BOUNDS | capo, strategy=strategy)
+        outputs = train(built, loss, [make_batch(seed) for seed in range(3)])
+        runs.append(([out["metrics"] for out in outputs], weights_of(built)))
+    (figures, weights), (other_figures, other_weights) = runs
+    for one, other in zip(figures, other_figures, strict=True):
+        for name in LENGTHS & one.keys():
+            assert one[name] == pytest.approx(other[name], rel=1e-5), name
+    for name, each in weights.items():
+        torch.testing.assert_close(each, other_weights[name], rtol=1e-5, atol=1e-7)
+
+
+@needs_verl
+def test_kl_is_measured_with_the_random_numbers_of_the_loss(engine):
+    """With dropout the KL of no step at all is rounding, and the numbers training draws are not moved."""
+    losses = []
+    for every in (1, 100):
+        built, loss = engine(capo={"mode": "monitor", "kl_every": every}, model={"lora_rank": 4})
+        for module in built.module.modules():
+            if type(module).__name__ == "Dropout":
+                module.p = 0.5
+        for group in built.optimizer.param_groups:
+            group["lr"] = 0.0
+        built.lr_scheduler.step = lambda: None
+        outputs = train(built, loss, [make_batch(seed) for seed in range(2)])
+        losses.append([out["loss"] for out in outputs])
+        if every == 1:
+            assert all(out["metrics"]["capo/kl/measured"][0] < 1e-9 for out in outputs)
+        else:
+            assert "capo/kl/measured" not in outputs[0]["metrics"]
+    assert losses[0] == losses[1]
+
+
+@needs_verl
+def test_a_group_wants_the_trainers_uid(engine):
+    built, loss = engine(capo={"granularity": "group"})
+    with pytest.raises(ValueError, match=r"actor\.capo\.granularity='group' goes by the uid"):
+        train(built, loss, [make_batch()])
+
+
 # ---- checkpoints, workers --------------------------------------------------------------------------------------------
 
 
 @needs_verl
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(engine, tmp_path):
     batches = [make_batch(seed) for seed in range(4)]
-    through, loss = engine(capo=NARROW)
+    through, loss = engine(capo=NARROW | BUDGET)
     train(through, loss, batches)
-    first, loss = engine(capo=NARROW)
+    first, loss = engine(capo=NARROW | BUDGET)
     train(first, loss, batches[:2])
     first.save_checkpoint(str(tmp_path / "checkpoint"), global_step=2)
-    second, loss = engine(capo=NARROW)
+    second, loss = engine(capo=NARROW | BUDGET)
+    train(second, loss, [make_batch(9)])  # which the checkpoint undoes
     second.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
     train(second, loss, batches[2:])
-    assert second.planner.accepted_tokens == through.planner.accepted_tokens
-    for name, each in through.planner.step.state_dict().items():
-        assert torch.equal(each, second.planner.step.state_dict()[name])
+    assert second.region.state_dict() == through.region.state_dict()
+    for name, each in through.planner.state_dict().items():
+        assert torch.equal(each, second.planner.state_dict()[name])
     assert all(torch.equal(each, weights_of(second)[name]) for name, each in weights_of(through).items())
 
 
@@ -556,17 +702,39 @@ def test_resuming_without_the_moments_is_an_error(engine, tmp_path):
 
 
 @needs_verl
+def test_a_checkpoint_of_another_number_of_workers_is_refused_by_name(engine, tmp_path):
+    built, loss = engine(capo={})
+    train(built, loss, [make_batch()])
+    built.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
+    for path in (tmp_path / "checkpoint").glob("*_world_size_1_*"):
+        path.rename(path.with_name(path.name.replace("size_1", "size_2")))
+    with pytest.raises(ValueError, match="was written by 2 workers, and these are 1"):
+        built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+
+
+@needs_verl
+def test_a_checkpoint_without_the_share_is_refused_where_it_is_asked_for(engine, tmp_path):
+    built, loss = engine(capo=NARROW)
+    train(built, loss, [make_batch()])
+    built.save_checkpoint(str(tmp_path / "checkpoint"), global_step=1)
+    built, loss = engine(capo=NARROW | {"share": True})
+    built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+    with pytest.raises(ValueError, match="had no share"):
+        train(built, loss, [make_batch(1)])
+
+
+@needs_verl
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "strategy"), [(1, "fsdp2"), (2, "fsdp2"), (2, "fsdp")])
+def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy):
     """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
     from verl.workers.config import TrainingWorkerConfig
 
     batches = [make_batch(seed) for seed in range(3)]
-    alone, loss = engine(capo=NARROW)
+    alone, loss = engine(capo=NARROW | BUDGET)
     outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
-    settings = engine_config()
+    settings = engine_config(strategy=strategy)
     settings.use_dynamic_bsz, settings.micro_batch_size_per_gpu = False, 8 // workers
     config = TrainingWorkerConfig(
         model_type="language_model",
@@ -585,7 +753,10 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
 
     assert [kind for kind, _, _ in states] == ["CAPOEngine"] * workers
     for out, figure in zip(outputs, figures, strict=True):
-        for name in ("capo/rejection_rate", "capo/token/m_f/max", "capo/batch/m_h", "capo/accepted_tokens"):
+        for name in (
+            *("capo/rejection_rate", "capo/token/m_f/max", "capo/batch/m_h", "capo/accepted_tokens"),
+            *("capo/share", "capo/scale", "capo/kl/measured", "capo/kl/predicted"),
+        ):
             assert figure[name] == pytest.approx(out["metrics"][name] * len(figure[name]), rel=1e-4), name
     moments = alone.planner.step.state_dict()
     for _, state, weights in states:

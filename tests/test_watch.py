@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from capo_rl import AdaptThresholds
-from capo_rl.cli import _show
+from capo_rl.cli.training import _show
 from capo_rl.runs.plots import draw_comparison, draw_run
 from capo_rl.runs.records import summarize
 from conftest import make_model, wants_even_words

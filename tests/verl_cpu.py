@@ -104,6 +104,8 @@ def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batc
     }
     if "ref_log_prob" in batch:
         tensors["ref_log_prob"] = batch["ref_log_prob"]
+    if "uid" in batch:
+        tensors["uid"] = batch["uid"]
     (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature
     data = tensordict_utils.get_tensordict(tensors, settings)
     for name in ("input_ids", "position_ids"):
@@ -160,6 +162,13 @@ def update(group, data):
     return tensordict_utils.get(group.train_mini_batch(data).get(), "metrics")
 
 
+def fsdp1_on_cpu():
+    """Let FSDP1 send the first process's weights to the others on a CPU, which it refuses and gloo can do."""
+    from torch.distributed.fsdp import _init_utils
+
+    _init_utils._check_module_states_for_sync_module_states = lambda states: None
+
+
 def cpu_worker():
     """verl's own `TrainingWorker`, with its process group made beforehand and a look inside."""
     from verl.single_controller.base.decorator import Dispatch, register
@@ -168,13 +177,17 @@ def cpu_worker():
     class CPUWorker(TrainingWorker):
         def __init__(self, config):
             torch.set_num_threads(1)
+            fsdp1_on_cpu()
             dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
             super().__init__(config)
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
         def state(self):
             """The step model's state, the weights, and what kind of engine holds them."""
-            weights = {name: each.full_tensor() for name, each in self.engine.module.state_dict().items()}
+            state = self.engine.module.state_dict()
+            weights = {
+                name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in state.items()
+            }
             return type(self.engine).__name__, self.engine.planner.step.state_dict(), weights
 
     return CPUWorker

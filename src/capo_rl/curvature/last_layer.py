@@ -190,6 +190,20 @@ def last_layer(
     return on_support(hidden, support, top, z_action, z.logsumexp(-1), actions, temperature, whole, top_p)
 
 
+@torch.no_grad()
+def log_pi_of(logits: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    """log π at some vocabulary rows [N, k] of each token, from its logits [N, V].
+
+    >>> log_pi_of(torch.zeros(1, 2), torch.tensor([[1]])).exp()
+    tensor([[0.5000]])
+    """
+    parts = []
+    for some, z in logit_chunks(logits, len(rows)):
+        z = z.to(compute_dtype(z.dtype)) / temperature
+        parts.append(z.gather(1, rows[some]) - z.logsumexp(-1, keepdim=True))
+    return torch.cat(parts)
+
+
 def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of z [N, V] and their columns, [N, k] each, in no order; a NaN is larger than all.
 

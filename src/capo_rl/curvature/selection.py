@@ -86,6 +86,26 @@ def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return keep
 
 
+def subset_numbers(granularity: str, mask: Tensor, groups: Tensor | None = None) -> Tensor | None:
+    """Which subset each of the n tokens of mask [B, T] belongs to, [n] numbered without a gap, or None where each
+    stands for itself: a `token`, `sequence`, `group` or `batch`. `groups` [B] are the sequences' group numbers.
+
+    >>> mask = torch.tensor([[True, True], [False, False], [True, False]])
+    >>> subset_numbers("sequence", mask)
+    tensor([0, 0, 1])
+    """
+    if granularity == "token":
+        return None
+    rows = torch.arange(len(mask), device=mask.device)
+    if granularity == "group":
+        assert groups is not None
+        rows = groups
+    elif granularity == "batch":
+        rows = torch.zeros_like(rows)
+    # subsets without a token would be averages over nothing
+    return rows[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
+
+
 def translated(shifts: Shifts, scale: Tensor) -> Shifts:
     """Token shifts as they would be at the paper's scale, to hold against the paper's bounds at any size of model.
 

@@ -341,20 +341,20 @@ class Planner(Updates):
         return figures | {"capo/accepted_tokens": float(self.accepted_tokens)}
 
     @torch.no_grad()
-    def measured_kl(self, hidden: Callable[[int], Tensor], head: Head, sample: list[Tensor] | None = None) -> Moved:
+    def measured_kl(self, now: Callable[[int], Tensor], head: Head | None, sample: list[Tensor] | None = None) -> Moved:
         """How far the step just taken moved the policy at its tokens, or at a sample of them.
 
-        `hidden(i)` [m, d] are the hidden states after the step of micro-batch i's tokens, or of those that `sample[i]`
-        [n] marks (by default the sample it was planned with, if any), and `head` is the head after it; with random
-        numbers in the forward pass (dropout) they have to be those of the loss's. Raises `RuntimeError` before
-        `commit`.
+        `now(i)` [m, d] are the hidden states after the step of micro-batch i's tokens, or of those that `sample[i]`
+        [n] marks (by default the sample it was planned with, if any), and `head` is the head after it; without a head
+        they are the logits [m, V]. With random numbers in the forward pass (dropout) they have to be those of the
+        loss's. Raises `RuntimeError` before `commit`.
         """
         samples = [batch.sample for batch in self.micro_batches] if sample is None else sample
         at = [
             (batch, torch.ones_like(batch.keep) if marks is None else marks)
             for batch, marks in zip(self.micro_batches, samples, strict=True)
         ]
-        moved = self._moved([batch.layer[marks] for batch, marks in at], hidden, head)
+        moved = self._moved([batch.layer[marks] for batch, marks in at], now, head)
         return moved._replace(m_f=self.processes.gather(torch.cat([batch.shifts.m_f[marks] for batch, marks in at])))
 
     def state_dict(self) -> dict[str, Tensor]:

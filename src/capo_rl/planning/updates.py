@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
-from capo_rl.curvature.last_layer import LastLayer
+from capo_rl.curvature.last_layer import LastLayer, log_pi_of
 from capo_rl.curvature.processes import Processes
 from capo_rl.planning.divergence import measured_kl
 from capo_rl.planning.telemetry import missing_mass, synchronise
@@ -187,14 +187,12 @@ class Updates:
         self._over = False
         return seconds
 
-    def _moved(self, layers: list[LastLayer], hidden: Callable[[int], Tensor], head: Head) -> Moved:
-        """The KL from each layer's policy to that of the hidden states now."""
+    def _moved(self, layers: list[LastLayer], now: Callable[[int], Tensor], head: Head | None) -> Moved:
+        """The KL from each layer's policy to that of the hidden states now, or of the logits where there is no head."""
         if not self._over:
             raise RuntimeError("measured_kl came before commit: call commit before the optimizer's step")
-        kls = [
-            measured_kl(layer, head.log_pi(hidden(i), layer.support, self.temperature))
-            for i, layer in enumerate(layers)
-        ]
+        log_pi = log_pi_of if head is None else head.log_pi
+        kls = [measured_kl(layer, log_pi(now(i), layer.support, self.temperature)) for i, layer in enumerate(layers)]
         kl = self.processes.gather(torch.cat(kls))
         # processes of different machines may sum in another order, and must go back equally far
         mean = float(kl.double().mean()) if len(kl) else math.nan

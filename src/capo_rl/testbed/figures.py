@@ -5,6 +5,7 @@ Each is a function of the results by arm; `FIGURES` names them as the paper does
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def _fig9(arms: Arms, path: Path) -> Path | None:
 
 
 def _learning_rates(arms: Arms, path: Path) -> Path | None:
-    names = sorted((name for name in arms if name.startswith("GRPO, lr ")), key=lambda name: float(name.split()[-1]))
+    alone = [name for name in arms if re.fullmatch(r"GRPO, lr [\d.e+-]+", name)]
+    names = sorted(alone, key=lambda name: float(name.split()[-1]))
     if not names:
         return None
     figure, axes = new_figure(2, "GRPO alone, 16 completions a step: accuracy and collapse against the learning rate")

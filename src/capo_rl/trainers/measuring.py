@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import disable_gradient_checkpointing
+
+from capo_rl.planning.rerun import drew, random_numbers, random_state, reshard, sampled_rows
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
@@ -41,7 +41,7 @@ class Measuring:
 
     def random_state(self, model: Any) -> list[Tensor]:
         """Where the generators stand that the model may draw from."""
-        return _random_state(self._devices(model))
+        return random_state(self._devices(model))
 
     def remember(self, score: partial[Any], mask: Tensor, advantages: Tensor, before: list[Tensor]) -> None:
         """Keep what it takes to run a micro-batch's backbone again, right after its forward pass in the loss.
@@ -52,12 +52,12 @@ class Measuring:
         """
         trainer = self.trainer
         after = self.random_state(trainer.model_wrapped)
-        random = before if any(not torch.equal(*each) for each in zip(before, after, strict=True)) else None
+        random = before if drew(before, after) else None
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
         # of more inputs it is not known which belong to a completion
         share = 1.0 if more else self.share
-        rows = _sampled_rows(mask, advantages, share)
+        rows = sampled_rows(mask, advantages[mask], share)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
@@ -76,7 +76,7 @@ class Measuring:
         """The hidden states of a micro-batch's sampled tokens under the weights as they are now."""
         trainer, forward = self.trainer, self.forwards[micro_batch]
         with (
-            _random_numbers(self._devices(trainer.model_wrapped), forward.random),
+            random_numbers(self._devices(trainer.model_wrapped), forward.random),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
             trainer._hidden_states(trainer.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
@@ -85,12 +85,9 @@ class Measuring:
         return hidden[0][forward.mask]
 
     def reshard(self) -> None:
-        """Let go of weights that FSDP2 has gathered: a module that stays together after its forward pass, as the root
-        does, would answer the next one, and show its head, with the weights as they were before they were moved."""
+        """Let go of gathered shards of weights that were moved (`rerun.reshard`)."""
         if self.trainer.accelerator.distributed_type == DistributedType.FSDP:
-            for module in self.trainer.model_wrapped.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.trainer.model_wrapped)
 
     def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
         with self.trainer.accelerator.autocast():
@@ -103,51 +100,3 @@ class Measuring:
             used = {weight.device for weight in weights} | {self.trainer.accelerator.device}
             self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
         return self._generators
-
-
-def _sampled_rows(mask: Tensor, advantages: Tensor, share: float) -> Tensor:
-    """The completions to measure on, in their order: a share of those that have tokens, since a truncated one may be
-    masked out. Where none has, one is run for form's sake, since with shards all processes have to take part.
-
-    The gradient moves most what it was made of, so those with the largest advantages are taken: the estimate is rather
-    too large than too small.
-
-    >>> mask = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
-    >>> _sampled_rows(mask, torch.tensor([[0.1], [-2.0], [3.0], [1.0]]).expand(4, 2), 0.7)
-    tensor([1, 3])
-    """
-    rows = torch.arange(len(mask), device=mask.device)
-    if share == 1:
-        return rows
-    rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-    size = advantages.abs().float().where(mask, 0)
-    largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
-    return rows[largest[: max(1, round(share * len(rows)))]].sort().values
-
-
-def _random_state(devices: list[torch.device]) -> list[Tensor]:
-    return [
-        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        for device in devices
-    ]
-
-
-def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
-    for device, state in zip(devices, states, strict=True):
-        if device.type == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
-    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
-    move the random numbers that training draws from."""
-    before = _random_state(devices)
-    try:
-        if start is not None:
-            _set_random_state(devices, start)
-        yield
-    finally:
-        _set_random_state(devices, before)

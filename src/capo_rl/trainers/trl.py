@@ -15,7 +15,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,19 +32,12 @@ from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.head import Head
 from capo_rl.curvature.last_layer import LastLayer
+from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.planning.planner import Planner
 from capo_rl.planning.telemetry import rank_correlation, synchronise
-from capo_rl.planning.trust_region import (
-    Backtracking,
-    CopiedStep,
-    RecomputedStep,
-    Steering,
-    TrustRegion,
-    check_recomputable,
-    way_back,
-)
+from capo_rl.planning.trust_region import TrustRegion, check_recomputable, way_back
 from capo_rl.planning.updates import Moved, Updates, marked
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
@@ -52,6 +45,7 @@ from capo_rl.runs.models import check_head
 from capo_rl.runs.records import versions
 from capo_rl.runs.tokens import rewind_steps, step_tokens, write_step
 from capo_rl.settings.config import CAPOConfig
+from capo_rl.settings.own import control_of, planner_of, step_of, updates_of
 from capo_rl.trainers.measuring import Measuring
 from capo_rl.trainers.rounding import RoundedAway
 from capo_rl.trainers.state import ROLLOUTS_FILE, STATE_FILE, load_rollouts, load_state, save_rollouts, save_state
@@ -128,7 +122,8 @@ class CAPOTrainer(GRPOTrainer):
         self._coming = _Coming()
         self._unplanned: dict[str, Any] | None = None  # the inputs of a loss whose log-probs are still to come
         self._measuring = Measuring(self, args.capo_kl_sample)
-        self._budget = None if args.kl_budget is None else self._control(args.kl_budget)
+        # DeepSpeed keeps the weights that count to itself, so there is no way back along its steps.
+        self._budget = control_of(args, args.learning_rate, None if self.is_deepspeed_enabled else way_back)
         self._recomputes = self._budget is not None and args.capo_kl_control == "optimizer"
         self._region: TrustRegion | None = None  # of the modes that change the run, when there is an optimizer
         self._lr_ratio = 1.0  # of the last layer's learning rate to the first group's
@@ -146,26 +141,12 @@ class CAPOTrainer(GRPOTrainer):
         if args.capo_mode != "off":
             causal_lm = self._causal_lm(self.model)
             check_head(causal_lm, type(causal_lm).__name__)
-            supports: Any = {
-                "temperature": args.temperature,
-                "top_k": args.capo_top_k,
-                "top_p": args.capo_top_p,
-                "max_missing_mass": args.capo_max_missing_mass,
-            }
             if args.predicts:
                 self._fit = self._known_fit()
-                self.updates = Planner(
-                    _STEPS[choose(args.capo_step, args.capo_mode, self._fit)](args),
-                    args.thresholds,
-                    fisher=args.capo_fisher,
-                    soft=args.capo_soft,
-                    penalty=args.capo_penalty,
-                    translated=args.capo_units == "translated",
-                    share=args.capo_mode in ("monitor", "shorten") or (args.capo_mode == "mask" and args.capo_share),
-                    **supports,
-                )
+                step = self._step_model(choose(args.capo_step, args.capo_mode, self._fit))
+                self.updates = planner_of(args, step, args.temperature)
             else:
-                self.updates = Updates(**supports)
+                self.updates = updates_of(args, args.temperature)
             self.add_callback(_AroundTheStep(self))
         self.add_callback(RoundedAway(self))  # after the other, which gives the step its learning rate
         if self._recomputes and self.optimizer is not None:
@@ -212,7 +193,7 @@ class CAPOTrainer(GRPOTrainer):
         fit = fit_of_optimizer(optimizer)
         if fit.model != self._fit.model:  # made by a subclass
             self._fit = fit
-            if not isinstance(step, type(_STEPS[choose(args.capo_step, args.capo_mode, fit)](args))):
+            if not isinstance(step, type(self._step_model(choose(args.capo_step, args.capo_mode, fit)))):
                 raise ValueError(
                     f"the optimizer is {fit.name} and optim={getattr(args.optim, 'value', args.optim)!r}, by which "
                     f"capo_step='auto' chose: set capo_step={fit.model or 'adam'!r}"
@@ -227,14 +208,10 @@ class CAPOTrainer(GRPOTrainer):
             if self.planner.share is not None:
                 self.planner.share.beta2 = step.betas[1]
 
-    def _control(self, budget: float) -> Backtracking | Steering:
-        """What keeps the budget."""
+    def _step_model(self, model: str) -> AdamStep | SGDStep:
+        """The model of the optimizer's step, with the constants of `args`."""
         args = self.args
-        if args.capo_kl_control == "learning_rate":
-            # DeepSpeed keeps the weights that count to itself, so there is no way back along its steps.
-            way = None if self.is_deepspeed_enabled else way_back
-            return Steering(budget, args.capo_kl_start * args.learning_rate, way)
-        return Backtracking(budget, CopiedStep if args.capo_kl_control == "copy" else RecomputedStep)
+        return step_of(args, model, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
 
     def _check_deepspeed(self) -> None:
         """DeepSpeed takes its step inside the backward pass, before anything of the step is known but its rollouts."""
@@ -355,7 +332,7 @@ class CAPOTrainer(GRPOTrainer):
             head,
             inputs["completion_ids"][mask],
             advantages[mask],
-            self._subsets(inputs, mask),
+            subset_numbers(self.args.capo_granularity, mask, inputs.get("capo_group")),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
             # as where nothing is predicted, and the KL is the same number
             self._measuring.forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
@@ -405,20 +382,6 @@ class CAPOTrainer(GRPOTrainer):
                 "a token's gradient is not that of its own advantage, so the loss did not read the advantages CAPO "
                 "wrote as one a token: use a loss that does, or capo_mode='trust_region', which writes none"
             )
-
-    def _subsets(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | None:
-        """Each token's subset number for the configured granularity, or None for tokens on their own."""
-        rows = torch.arange(len(mask), device=mask.device)
-        of_sequence = {
-            "token": lambda: None,
-            "sequence": lambda: rows,
-            "group": lambda: inputs["capo_group"].unique(return_inverse=True)[1],
-            "batch": lambda: torch.zeros_like(rows),
-        }[self.args.capo_granularity]()
-        if of_sequence is None:
-            return None
-        # subsets without a token would be averages over nothing
-        return of_sequence[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
 
     def _check_log_probs(self, layer: LastLayer, logps: Tensor, dtype: torch.dtype) -> None:
         error = (layer.log_pi_a - logps).abs()
@@ -819,17 +782,6 @@ class _AroundTheStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer._after_step()
-
-
-_STEPS: dict[str, Callable[[CAPOConfig], SGDStep | AdamStep]] = {
-    "adam": lambda args: AdamStep(
-        args.learning_rate,
-        (args.adam_beta1, args.adam_beta2),
-        args.adam_epsilon,
-        torch.bfloat16 if args.capo_moments == "bfloat16" else None,
-    ),
-    "sgd": lambda args: SGDStep(args.learning_rate),
-}
 
 
 def _check_columns(*datasets: Any) -> None:

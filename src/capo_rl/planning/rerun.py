@@ -1,0 +1,78 @@
+"""Running a micro-batch once more, to measure an update: with the loss's random numbers, on some of its completions,
+and with shards as they are now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+
+def random_state(devices: list[torch.device]) -> list[Tensor]:
+    """Where each device's generator stands."""
+    return [
+        torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        for device in devices
+    ]
+
+
+def drew(before: list[Tensor], after: list[Tensor]) -> bool:
+    """Whether a forward pass between two `random_state`s drew from them (dropout, noise on embeddings, a router's
+    jitter)."""
+    return any(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@contextmanager
+def random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> Iterator[None]:
+    """Draw from `start` on, or from wherever the generators stand, and leave them as they were: a measurement must not
+    move the random numbers that training draws from."""
+    before = random_state(devices)
+    try:
+        if start is not None:
+            _set_random_state(devices, start)
+        yield
+    finally:
+        _set_random_state(devices, before)
+
+
+def sampled_rows(mask: Tensor, advantages: Tensor, share: float) -> Tensor:
+    """Which of the completions of mask [B, T] to measure an update on: a share of those that have tokens, ascending.
+
+    Where none has, one is run for form's sake, since with shards all processes have to take part. The gradient moves
+    most what it was made of, so those with the largest advantages [n] are taken: the estimate is rather too large than
+    too small.
+
+    >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
+    >>> sampled_rows(mask, torch.tensor([0.5, 0.5, -2.0]), share=0.5)
+    tensor([1])
+    """
+    rows = torch.arange(len(mask), device=mask.device)
+    if share >= 1:
+        return rows
+    rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
+    size = torch.zeros(mask.shape, device=mask.device)
+    size[mask] = advantages.abs().float()
+    largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
+    return rows[largest[: max(1, round(share * len(rows)))]].sort().values
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP has gathered: a module that stays together after its forward pass, as the root does,
+    would answer the next one, and show its head, with the weights as they were before they were moved."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        elif isinstance(module, FullyShardedDataParallel) and (handle := module._handle) is not None:
+            handle.reshard(handle.uses_sharded_strategy)
+
+
+def _set_random_state(devices: list[torch.device], states: list[Tensor]) -> None:
+    for device, state in zip(devices, states, strict=True):
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
