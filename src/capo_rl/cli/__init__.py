@@ -40,8 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of `capo` and its commands."""
     parser = argparse.ArgumentParser(
         prog="capo",
-        description="RL post-training that does not collapse: steps as long as a trust region allows, or Curvature-Aware "
-        "Policy Optimization's mask (CAPO, arXiv 2510.00819).",
+        description="RL post-training that does not collapse: steps as long as a trust region allows, or the mask of "
+        "Curvature-Aware Policy Optimization (CAPO, arXiv 2510.00819).",
     )
     parser.add_argument("--version", action="version", version=f"capo-rl {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -79,17 +79,19 @@ def _step_model(settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def sole_writer(folder: str | Path) -> Iterator[None]:
+def sole_writer(folder: str | Path, field: str = "") -> Iterator[None]:
     """Keep other processes from writing to the folder; the system ends that with this process, however it ends.
 
-    Raises `RunFolderError`, naming the process that has it, or for a folder that can't be written to.
+    Raises `RunFolderError`, naming the process that has it and the `field` that names the folder, or for a folder that
+    can't be written to.
     """
     folder = Path(folder)
+    named = f"{field}={folder}" if field else str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise RunFolderError(f"{folder}: can't be written to ({error}); give another folder") from None
+        raise RunFolderError(f"{named}: can't be written to ({error}); give another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,10 +99,10 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RunFolderError(
-                f"{folder}: {holder} is writing to it; wait for that one or stop it, or give another folder"
+                f"{named}: {holder} is writing to it; wait for that one or stop it, or give another folder"
             ) from None
         except OSError as error:
-            logger.warning("%s: can't be locked (%s), so see that only one run writes to it", folder, error)
+            logger.warning("%s: can't be locked (%s), so see that only one run writes to it", named, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()

@@ -71,7 +71,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     folder, asked = Path(args.output_dir), settings(recipe)
     with args.main_process_first():
         shorter = check_folder(folder, asked)
-    with sole_writer(folder) if args.process_index == 0 else nullcontext():
+    with sole_writer(folder, "output_dir") if args.process_index == 0 else nullcontext():
         if (folder / "summary.json").exists() and shorter is None:
             logger.warning(
                 "%s is over already; give a larger max_steps to go on with it, or another output_dir, or remove the "
