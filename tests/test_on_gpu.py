@@ -34,8 +34,8 @@ def test_the_rehearsal_writes_what_a_gpu_would(tmp_path):
             assert all(tile["seconds"] > 0 for tile in shape[what]["tiles"])
     for model in step["models"].values():
         modes = list(model["modes"].values())
-        assert [row["median"]["plain steps"]["seconds"] > 0 for row in modes] == [True] * 5
-        assert [row["share_of_curvature"] > 0 for row in modes] == [False, False, True, True, True]
+        assert [row["median"]["plain steps"]["seconds"] > 0 for row in modes] == [True] * 6
+        assert [row["share_of_curvature"] > 0 for row in modes] == [False, False, True, True, True, True]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
