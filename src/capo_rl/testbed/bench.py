@@ -6,7 +6,8 @@ seeds: [11, 12, 13, 14, 15]
 test: {terms: 8, problems: 128, every: 25}      accuracy on a held-out, harder set while training (`held_out.HeldOut`)
 arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `adapt` is the
                                    rate of an `AdaptThresholds`, `train_only` a regular expression for the names of the
-                                   weights that learn; `scales`, `second_moment` and `sign` are of `interventions`
+                                   weights that learn; `scales`, `second_moment` and `sign` are of `interventions`,
+                                   `judge` of `judgements`
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each
@@ -65,7 +66,15 @@ CURVES = (
     "capo/thresholds/fisher",
     "grad_norm",
 )
-BESIDE = ("rival", "adapt", "train_only", "scales", "second_moment", "sign")  # of an arm, and no fields of a recipe
+BESIDE = (
+    "rival",
+    "adapt",
+    "train_only",
+    "scales",
+    "second_moment",
+    "sign",
+    "judge",
+)  # of an arm, and no fields of a recipe
 _FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
 
 
@@ -201,6 +210,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     from capo_rl.settings.recipe import read_recipe, settings
     from capo_rl.testbed.held_out import HeldOut
     from capo_rl.testbed.interventions import Scales, WholeSecondMoment, one_sign
+    from capo_rl.testbed.judgements import judge
     from capo_rl.testbed.rivals import rival
     from capo_rl.thresholds.adapt import AdaptThresholds
     from capo_rl.trainers.train import Record, make_trainer
@@ -224,6 +234,8 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             trainer.add_callback(AdaptThresholds(trainer, beside["adapt"]))
         if beside["sign"] is not None and trainer.planner is not None:
             trainer.planner.rule = one_sign(trainer.planner.thresholds, beside["sign"])
+        if beside["judge"] is not None:
+            judge(trainer, beside["judge"])
         if beside["second_moment"]:
             trainer.add_callback(WholeSecondMoment(trainer))
         if beside["scales"] is not None:
