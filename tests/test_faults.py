@@ -28,6 +28,7 @@ from capo_rl.trainers.checkpoints import (
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
 SAVED = {"save_strategy": "steps", "save_steps": 1}
+HANGS = 1200  # seconds: what takes longer hangs, on a machine with twenty other processes too
 
 
 class At(TrainerCallback):
@@ -196,7 +197,7 @@ def ends_whole(folder: Path, processes: int = 1) -> None:
     """The newest checkpoint is whole, and the same command goes on from it to the end."""
     assert resume_point(folder) is not None
     again = start(folder, processes=processes)
-    errors = again.communicate(timeout=200)[1]
+    errors = again.communicate(timeout=HANGS)[1]
     assert again.returncode == 0, errors[-3000:]
     assert next(iter(checkpoints(folder))) == 8
     assert (folder / "summary.json").exists()
@@ -207,7 +208,7 @@ def test_a_full_disk_ends_the_run_with_a_message_and_its_last_checkpoint(tmp_pat
     wait_for_steps(run, tmp_path / "run", 3)
     megabyte = 2**20  # the weights have four; a limit on a file's size is what a full disk is, to one process
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (megabyte, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     assert run.returncode == 2
     last = errors.strip().splitlines()[-1]
     assert last.startswith("capo: error: ")
@@ -222,7 +223,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_status_143(tmp_path, record_pr
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
     start_of_wait = time.monotonic()
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode == 143, errors[-3000:]
     assert "told to stop" in errors
@@ -236,7 +237,7 @@ def test_ctrl_c_ends_a_run_with_a_checkpoint_one_line_and_status_130(tmp_path):
     run = start(tmp_path / "run", "--save_steps", "100")
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGINT)
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     assert run.returncode == 130, errors[-3000:]
     assert errors.count("told to stop") == 1 and "Traceback" not in errors
     assert len(checkpoints(tmp_path / "run")) == 1
@@ -248,7 +249,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
     wait_for_steps(first, tmp_path / "run", 1)
     first.send_signal(signal.SIGSTOP)  # or it is over before the other has started
     second = start(tmp_path / "run")
-    refused = second.communicate(timeout=200)[1]
+    refused = second.communicate(timeout=HANGS)[1]
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2
     assert (
@@ -256,7 +257,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
         .splitlines()[-1]
         .startswith(f"capo: error: output_dir={tmp_path / 'run'}: process {first.pid} on ")
     )
-    errors = first.communicate(timeout=200)[1]
+    errors = first.communicate(timeout=HANGS)[1]
     assert first.returncode == 0, errors[-3000:]
     assert [entry["step"] for entry in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
@@ -266,7 +267,7 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path
     wait_for_steps(run, tmp_path / "run", 3)
     worker(run, 1).send_signal(signal.SIGKILL)
     start_of_wait = time.monotonic()
-    run.communicate(timeout=200)
+    run.communicate(timeout=HANGS)
     record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode != 0
     ends_whole(tmp_path / "run", processes=2)
@@ -278,10 +279,10 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path,
     other, hanging = worker(run, 0), worker(run, 1)
     hanging.send_signal(signal.SIGSTOP)
     start_of_wait = time.monotonic()
-    other.wait(timeout=200)  # without ddp_timeout on CPUs this takes 30 minutes
+    other.wait(timeout=HANGS)  # without ddp_timeout on CPUs this takes 30 minutes
     record_property("seconds", time.monotonic() - start_of_wait)
     hanging.send_signal(signal.SIGKILL)
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     assert run.returncode != 0
     assert "Timed out waiting 5000ms" in errors
     assert resume_point(tmp_path / "run") is not None
@@ -304,7 +305,7 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_all_with_the_last_checkpo
     program = (str(tmp_path / "not_finite.py"),)
     options = ("--capo_mode", "monitor", "--capo_kl_budget", "null")
     run = start(tmp_path / "run", *options, processes=2, program=program)
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     assert run.returncode != 0
     assert "step 4 left weights that are not finite" in errors, errors[-3000:]
     assert "checkpoint-2" in errors
@@ -317,7 +318,7 @@ def test_all_processes_stop_at_one_step_when_the_launcher_is_told(tmp_path, reco
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
     start_of_wait = time.monotonic()
-    errors = run.communicate(timeout=200)[1]
+    errors = run.communicate(timeout=HANGS)[1]
     record_property("seconds", time.monotonic() - start_of_wait)
     assert run.returncode != 0
     assert errors.count("told to stop") == 2, errors[-3000:]

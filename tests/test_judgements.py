@@ -84,7 +84,7 @@ def test_the_control_learns_the_kl_of_a_step_of_length_one():
 
 @pytest.mark.parametrize("name", list(JUDGEMENTS))
 def test_a_run_steps_as_judged(build, name):
-    at_once = {"capo_kl_start": 1.0, "capo_kl_budget": 10.0, "learning_rate": 2e-3, "warmup_steps": 0}
+    at_once = {"capo_kl_start": 1.0, "capo_kl_budget": 10.0, "learning_rate": 2e-3, "warmup_steps": 1}  # the first: 0
     trainer = build(capo_mode="trust_region", capo_watch=True, max_steps=4, gradient_accumulation_steps=1, **at_once)
     judge(trainer, name)
     trainer.train()

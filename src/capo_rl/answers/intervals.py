@@ -6,6 +6,7 @@ import re
 
 from capo_rl.answers.lists import LISTED
 from capo_rl.answers.notation import squeezed
+from capo_rl.answers.numbers import number
 
 _END = r"([^<>=\\]*(?:\\(?!leq|geq|neq|in(?![a-z])|mid|cup)[A-Za-z]+[^<>=\\]*)*)"
 _LESS, _MORE = r"(<|\\leq)", r"(>|\\geq)"
@@ -24,6 +25,8 @@ def as_intervals(text: str) -> tuple[str | None, str] | None:
 
     >>> as_intervals(r"x<-1 \text{ or } x \geq 2"), as_intervals(r"\{x \mid x > 3\}"), as_intervals("(1,2)")
     (('x', '(-\\infty,-1)\\cup[ 2,\\infty)'), ('x', '(3,\\infty)'), (None, '(1,2)'))
+    >>> as_intervals("x > 3 and x < 5")
+    ('x', '(3,5)')
     """
     text = squeezed(text)
     if built := _BUILDER.fullmatch(text):
@@ -34,7 +37,23 @@ def as_intervals(text: str) -> tuple[str | None, str] | None:
     names = {name for name, _ in pieces if name}  # type: ignore[misc]
     if len(names) > 1:
         return None
-    return (names.pop() if names else None), r"\cup".join(where for _, where in pieces)  # type: ignore[misc]
+    ranges = [where for _, where in pieces]  # type: ignore[misc]
+    both = None if re.search(r"\bor\b", text) else _between(ranges)
+    return (names.pop() if names else None), both or r"\cup".join(ranges)
+
+
+def _between(ranges: list[str]) -> str | None:
+    """`x > 3 and x < 5`: two half-lines that overlap are all numbers together, so what is meant is where both hold."""
+    above, below = (
+        [found for each in ranges if (found := re.fullmatch(half, each))]
+        for half in (r"([(\[])(.+),\\infty\)", r"\(-\\infty,(.+)([)\]])")
+    )
+    if len(ranges) != 2 or len(above) != 1 or len(below) != 1:
+        return None
+    low, high = number(above[0][2]), number(below[0][1])
+    if low is None or high is None or not low.value < high.value:
+        return None
+    return f"{above[0][1]}{above[0][2]},{below[0][1]}{below[0][2]}"
 
 
 def _piece(text: str) -> tuple[str | None, str] | None:

@@ -142,7 +142,8 @@ def judge(trainer: Any, name: str) -> None:
         figures = inner(scale, describe)
         allowed = min(control.limit, trainer.optimizer.param_groups[0]["lr"])
         with torch.no_grad():
-            found = judgement(batch, planner.step.lr, allowed, figures) if planner.has_gradient else math.nan
+            judges = planner.has_gradient and planner.step.lr > 0  # a warm-up begins at 0
+            found = judgement(batch, planner.step.lr, allowed, figures) if judges else math.nan
         if math.isfinite(found):
             unit = found if math.isnan(unit) else unit
             control.judged = min(max(found / unit, _LEAST), _MOST)

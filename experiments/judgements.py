@@ -1,0 +1,68 @@
+"""How wrong the trust region's control is about each step, with and without a judgement of that step (judgements.yaml).
+
+    capo bench experiments/judgements.yaml && python experiments/judgements.py [results/judgements]
+
+The surprise of a step is its KL over what the control expected of it, κ_t / κ̄: with κ_t = KL_t (f_t / lr_t)² and κ̄ the
+control's moving mean of those before it. A judgement f that knows how long this step may be makes surprises smaller.
+Printed for each arm: accuracy at the end of each seed, the standard deviation of log surprises and their 98 % quantile
+over all steps but a run's first 20, and the updates above twice the budget (measured on all completions).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capo_rl.planning.trust_region import _MEMORY
+from capo_rl.testbed.arms import final_accuracy
+from capo_rl.testbed.bench import read_results
+
+RESULTS = Path(__file__).parent.parent / "results" / "judgements"
+BUDGET = 5e-3
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """The share of the learning rate that a cosine schedule with a warm-up gives to a step (from 0)."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def surprises(run: dict[str, Any]) -> list[float]:
+    """log κ_t / κ̄ of each step that has one."""
+    curves, settings = run["curves"], run["settings"]
+    steps = len(curves["step"])
+    mean = weight = 0.0
+    found = []
+    for t in range(steps):
+        kl, scale, judged = (curves[name][t] for name in ("capo/kl/proposed", "capo/scale", "capo/share"))
+        lr = settings["learning_rate"] * schedule(t, steps, math.ceil(settings["warmup_steps"] * steps)) * (scale or 0)
+        if not kl or not lr or not curves["grad_norm"][t]:
+            continue  # no step, or one of momentum alone, which the control does not learn from
+        kappa = kl * ((1.0 if judged is None else judged) / lr) ** 2
+        if weight and t >= 20:
+            found.append(math.log(kappa * weight / mean))
+        mean, weight = _MEMORY * mean + kappa, _MEMORY * weight + 1
+    return found
+
+
+def main() -> None:
+    print("| judgement, learning rate | accuracy of each seed | log surprise, s.d. | 98 % quantile | above 2 B |")
+    print("|---|---|---|---|---|")
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for result in read_results(sys.argv[1] if sys.argv[1:] else RESULTS):
+        arms.setdefault(result["arm"], []).append(result)
+    for name, runs in arms.items():
+        logs = np.concatenate([surprises(run) for run in runs])
+        whole = [kl for run in runs for kl in run["curves"]["capo/kl/whole"] if kl is not None]
+        accuracies = ", ".join(f"{final_accuracy(run):.2f}" for run in runs)
+        above = np.mean([kl > 2 * BUDGET for kl in whole])
+        print(f"| {name} | {accuracies} | {logs.std():.2f} | × {np.exp(np.quantile(logs, 0.98)):.1f} | {above:.2%} |")
+
+
+if __name__ == "__main__":
+    main()
