@@ -20,6 +20,7 @@ from pathlib import Path
 
 from capo_rl.settings.own_fields import CAPOFields
 from capo_rl.settings.train_help import GROUPS
+from compatibility import table as compatibility
 from docs_numbers import NUMBERS, TABLES, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,7 @@ def settings() -> str:
     return "\n".join(lines).rstrip()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"rooms": rooms, "settings": settings} | TABLES
+BLOCKS: dict[str, Callable[[], str]] = {"rooms": rooms, "settings": settings, "compatibility": compatibility} | TABLES
 
 
 def page(text: str) -> str:
