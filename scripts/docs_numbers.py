@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from capo_rl.statistics import completions_to_target
 from capo_rl.testbed.arms import Arms, Runs, by_rate, collapse, final_accuracy, finite, reached
 from capo_rl.testbed.bench import read_results
+from capo_rl.theory.checks import markdown as theory
 
 RESULTS = Path(__file__).parents[1] / "results"
 ACCURACY, TO_TARGET = "accuracy, mean ± s.e.", "completions to 0.9 [95 %]"
@@ -400,6 +402,79 @@ def extensions() -> str:
     return markdown(["in place of the mask", "seeds", "accuracy", "collapsed", "the hard mask at the same bound"], rows)
 
 
+# docs/calibrate.md
+
+
+def calibrated() -> str:
+    measured = {row["arm"]: row for row in rows_of("calibrated", "methods")}
+    by_hand = {row["arm"]: row for row in rows_of("main", "methods")}
+
+    def bound(name: str) -> str:
+        text = (RESULTS / "calibrated" / "thresholds" / f"{name}.yaml").read_text(encoding="utf-8")
+        value = float(re.findall(r"^capo_fisher_threshold: (\S+)", text, re.MULTILINE)[0])
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1e}".replace("e-0", "e-")
+
+    def line(label: str, threshold: str, row: dict[str, str]) -> list[str]:
+        return [label, threshold, row[ACCURACY], row["collapsed"], row["out of bounds"] if threshold else ""]
+
+    rows = [line("SGD lr 0.5, GRPO", "", measured["SGD, GRPO"]), line("SGD, by hand", "10", measured["SGD, by hand"])]
+    for target, file in (("1 %", "sgd-1"), ("5 %", "sgd-5"), ("10 %", "sgd-10"), ("3e-4 nats", "sgd-kl")):
+        rows.append(line(f"SGD, calibrated for {target}", bound(file), measured[f"SGD, {target}"]))
+    for target, file in (("5 %", "sgd-5"), ("10 %", "sgd-10")):
+        rows.append(line(f"SGD, adapting to {target}", f"from {bound(file)}", measured[f"SGD, adapting to {target}"]))
+    rows.append(line("Adam lr 5e-4, GRPO (A)", "", by_hand["GRPO (A)"]))
+    rows.append(line("Adam, by hand (CAPO)", "1e-3", by_hand["CAPO"]))
+    for target, file in (("1 %", "adam-1"), ("5 %", "adam-5"), ("3e-4 nats", "adam-kl")):
+        rows.append(line(f"Adam, calibrated for {target}", bound(file), measured[f"Adam, {target}"]))
+    return markdown(["arm", "δ_F", "accuracy at the end", "collapsed", "out of bounds in the run"], rows)
+
+
+# docs/monitor.md
+
+
+def alarms(false_alarms: int) -> str:
+    text = (RESULTS / "alarm" / "alarm.md").read_text(encoding="utf-8")
+    evaluated = text.split(f"## Tuned to at most {false_alarms} per 1,000")[1].split("**Tuning")[0]
+    return "\n".join(line for line in evaluated.splitlines() if line.startswith("|"))
+
+
+def lower_lr() -> str:
+    return (RESULTS / "alarm" / "lower_lr.md").read_text(encoding="utf-8").strip()
+
+
+# docs/performance.md
+
+
+def step() -> str:
+    shown = {
+        "CAPO, off": "CAPO, off",
+        "CAPO, monitor": "CAPO, monitor, KL of every tenth step",
+        "CAPO, mask, KL never measured": "CAPO, mask, KL never measured",
+        "CAPO, mask": "CAPO, mask, KL of every tenth step",
+        "CAPO, mask, KL of every step": "CAPO, mask, KL of every step",
+    }
+    found = [
+        {row["mode"]: row["clock"] for row in read(f"step/{name}.json")["rows"]}
+        for name in ("quickstart", "quickstart_logging_10", "smollm2_gsm8k_cpu")
+    ]
+
+    def cell(rows: dict[str, Any], mode: str) -> str:
+        if mode not in rows:
+            return ""
+        each = rows[mode]["over TRL, each round"]
+        return f"{rows[mode]['over TRL']:.2f} [{min(each):.2f}, {max(each):.2f}]"
+
+    theirs = "TRL's GRPOTrainer"
+    seconds = [f"{rows[theirs]['seconds a step, median']:.2f} s" for rows in found]
+    return markdown(
+        ["", "quickstart, every step logged", "quickstart, every tenth logged", "SmolLM2-135M, every step logged"],
+        [
+            ["TRL's step, median", *seconds],
+            *([label, *(cell(rows, mode) for rows in found)] for mode, label in shown.items()),
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "what-it-does": what_it_does,
     "pretrained": pretrained,
@@ -416,6 +491,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "main": main_arms,
     "regime": regime,
     "extensions": extensions,
+    "calibrated": calibrated,
+    "alarms-1": lambda: alarms(1),
+    "alarms-5": lambda: alarms(5),
+    "lower-lr": lower_lr,
+    "step": step,
+    "theory-statements": lambda: theory(read("theory/checks.json")["Statements"]),
+    "theory-theorem": lambda: theory(read("theory/checks.json")["Theorem 5.1"]),
+    "theory-orders": lambda: theory(read("theory/checks.json")["Order of the error in ‖Δθ‖"]),
+    "theory-counterexamples": lambda: theory(read("theory/checks.json")["Counterexamples"]),
+    "theory-horizons": lambda: theory(read("theory/checks.json")["Horizons"]),
 }
 
 
