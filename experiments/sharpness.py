@@ -1,6 +1,7 @@
 """What is known of a step's KL before it is taken: how sharp the steps of committed runs were, regressed on it.
 
-    python experiments/sharpness.py [FOLDER ...]        # by default runs that a control steered by each step's KL
+    python experiments/sharpness.py [FOLDER ...]        # by default runs that a control steered by each step's KL,
+                                                        # and then the table goes into results/sharpness.json too
 
 The sharpness κ of a step is the KL its update would have had at the schedule's whole learning rate. A control that is
 to bound this step's KL has to predict log κ. The table says how much of its variance each set of predictors explains
@@ -12,6 +13,7 @@ is a gradient at all.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -71,13 +73,20 @@ def main(folders: list[str]) -> None:
     each = [steps(run["curves"]) for run in runs]
     data = {name: np.concatenate([run[name] for run in each]) for name in each[0]}
     y = data["sharpness"]
+    found: dict[str, Any] = {"runs": len(runs), "steps": len(y), "standard deviation": float(y.std()), "known": {}}
     print(f"{len(runs)} runs, {len(y)} steps, standard deviation of log κ {y.std():.2f}\n")
     print("| known before the step | R² | left, log | 98 % quantile of what is left |\n|---|---|---|---|")
     for name, predictors in SETS.items():
         x = np.column_stack([np.ones(len(y)), *(data[predictor] for predictor in predictors)])
         left = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
         r2 = 1 - left.var() / y.var()
-        print(f"| {name} | {r2:.3f} | {left.std():.2f} | × {math.exp(np.quantile(left, 0.98)):.0f} |")
+        factor = math.exp(np.quantile(left, 0.98))
+        print(f"| {name} | {r2:.3f} | {left.std():.2f} | × {factor:.0f} |")
+        found["known"][name] = {"r2": float(r2), "left": float(left.std()), "factor": factor}
+    if not folders:
+        (RESULTS / "sharpness.json").write_text(
+            json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

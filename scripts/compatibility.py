@@ -2,11 +2,11 @@
 
     python scripts/compatibility.py --envs /tmp/envs [--rows trl-1.15 torch-2.6]
 
-Rows that have a result in results/compatibility/ are left as they are, unless they are named; then the table in
-docs/compatibility.md is written from all results. What a row does not name is the newest that fits, as a user would
-get it today, but for torch, which is that of constraints.txt. An environment has 1.5 GB (6 where torch comes with CUDA)
-and is removed when its row is done. A copy of the checkout, with what is not committed yet, is installed in it without
-the project's own bounds, which are what is tried.
+Rows that have a result in results/compatibility/ are left as they are, unless they are named; `python scripts/docs.py`
+then writes the table in docs/compatibility.md from all of them. What a row does not name is the newest that fits, as a
+user would get it today, but for torch, which is that of constraints.txt. An environment has 1.5 GB (6 where torch comes
+with CUDA) and is removed when its row is done. A copy of the checkout, with what is not committed yet, is installed in
+it without the project's own bounds, which are what is tried.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "results" / "compatibility", ROOT / "docs" / "compatibility.md"
+RESULTS = ROOT / "results" / "compatibility"
 TESTS = [f"tests/test_{name}.py" for name in ("trl", "resume", "trust_region", "distributed", "train", "models")]
 ROWS: dict[str, dict[str, str]] = {
     "trl-1.16": {"trl": "1.16.0"},
@@ -142,8 +142,9 @@ def _cause(case: ET.Element) -> str:
     return (inner or named or said.strip().splitlines() or ["no message"])[0][:300]
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table() -> str:
     """The rows as Markdown, in the order of `ROWS`; a row without a result says so."""
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")}
     lines = [f"| row | {' | '.join(SHOWN[:4])} | passed | failed | verdict |", "|---|" + "---|" * 7]
     for name, row in ROWS.items():
         result = results.get(name, {"verdict": "not tried"})
@@ -152,13 +153,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         cells += [str(result.get("passed", "–")), str(result.get("failed", "–")), result["verdict"]]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def write_page(results: dict[str, dict[str, Any]]) -> None:
-    """Put the table between the page's two marks."""
-    begin, end = "<!-- written by scripts/compatibility.py -->\n", "\n<!-- until here -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    PAGE.write_text(before + begin + table(results) + end + rest.partition(end)[2], encoding="utf-8")
 
 
 def _lines(path: Path) -> list[str]:
@@ -176,7 +170,6 @@ def main() -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(options.envs / name, ignore_errors=True)
         print(f"{name}: {result['verdict']}", result.get("passed", ""), result.get("causes") or "", flush=True)
-    write_page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")})
 
 
 if __name__ == "__main__":

@@ -279,11 +279,12 @@ def interval_to_target(
     runs = list(zip(runs_reached, budgets, strict=True))
     if len(runs) == 1:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    medians = []
-    for draw in rng.integers(len(runs), size=(resamples, len(runs))):
+    draws = np.sort(np.random.default_rng(seed).integers(len(runs), size=(resamples, len(runs))), axis=1)
+    kinds, times = np.unique(draws, axis=0, return_counts=True)  # few runs make few different draws
+    medians: list[float] = []
+    for draw, count in zip(kinds, times, strict=True):
         median = completions_to_target(*zip(*(runs[i] for i in draw), strict=True)).median
-        medians.append(math.inf if median is None else median)
+        medians += [math.inf if median is None else median] * count
     medians.sort()
     low, high = ((1 - level) / 2, (1 + level) / 2)
     return medians[math.floor(low * (resamples - 1))], medians[math.ceil(high * (resamples - 1))]

@@ -59,10 +59,12 @@ def tables(cases: int, settings: Sequence[Setting]) -> dict[str, list[Row]]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A table, floats to three digits, NaN as nothing."""
+    """A table, floats to three digits, NaN and None as nothing."""
 
     def cell(x: object) -> str:
-        return ("" if math.isnan(x) else f"{x:.3g}") if isinstance(x, float) else str(x).replace("|", "\\|")
+        if x is None or (isinstance(x, float) and math.isnan(x)):
+            return ""
+        return f"{x:.3g}" if isinstance(x, float) else str(x).replace("|", "\\|")
 
     lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)

@@ -1,0 +1,538 @@
+"""The tables and numbers of README.md and docs/*.md that come from results/, by the names that the pages give them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from capo_rl.statistics import completions_to_target
+from capo_rl.testbed.arms import Arms, Runs, by_rate, collapse, final_accuracy, finite, reached
+from capo_rl.testbed.bench import read_results
+from capo_rl.theory.checks import markdown as theory
+
+RESULTS = Path(__file__).parents[1] / "results"
+ACCURACY, TO_TARGET = "accuracy, mean ± s.e.", "completions to 0.9 [95 %]"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(
+        [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    ).replace("|  |", "| |")
+
+
+@cache
+def arms(bench: str) -> Arms:
+    """A bench's runs by arm, each arm's by seed."""
+    found: Arms = {}
+    for run in sorted(read_results(RESULTS / bench), key=lambda run: run["seed"]):
+        found.setdefault(run["arm"], []).append(run)
+    return found
+
+
+@cache
+def read(path: str) -> Any:
+    return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+
+def rows_of(bench: str, table: str) -> list[dict[str, str]]:
+    """The rows of one of a bench's tables, by column; its first column names them."""
+    found = read(f"{bench}/tables/{table}.json")
+    return [dict(zip(found["columns"], row, strict=True)) for row in found["rows"]]
+
+
+def part(bench: str, table: str, columns: dict[str, str], names: dict[str, str] | None = None) -> str:
+    """Some columns and rows of a bench's table, under other names; without `names` all rows as they are."""
+    rows = rows_of(bench, table)
+    key = next(iter(rows[0]))
+    by_name = {row[key]: row for row in rows}
+    chosen = rows if names is None else [by_name[name] | {key: shown} for name, shown in names.items()]
+    return markdown(list(columns.values()), [[row[column] for column in columns] for row in chosen])
+
+
+def same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+def short(value: float) -> str:
+    """One digit and the power of ten: 3e-4, 2e6."""
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+
+
+def large(value: float) -> str:
+    """A perplexity: three digits, or the power of ten."""
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}" if value < 1000 else short(value)
+
+
+def dead(runs: Runs) -> int:
+    return sum(collapse(run) is not None for run in runs)
+
+
+def out_of(runs: Runs) -> str:
+    return f"{dead(runs)} of {len(runs)}"
+
+
+def ends(runs: Runs) -> str:
+    """The accuracy at the end of each seed."""
+    return ", ".join(f"{final_accuracy(run):.2f}{' (dead)' if collapse(run) is not None else ''}" for run in runs)
+
+
+def median_to_target(bench: str, *names: str) -> float:
+    """The completions to the target, in the median of the runs of one arm or several."""
+    median = completions_to_target(*reached([run for name in names for run in arms(bench)[name]])).median
+    if median is None:
+        raise ValueError(f"{bench}, {', '.join(names)}: half of the runs don't reach the target")
+    return median
+
+
+def perplexity(run: dict[str, Any]) -> float:
+    return float(run["test"]["perplexity"][-1])
+
+
+# README.md
+
+
+def what_it_does() -> str:
+    language, sizes, everywhere = arms("pretrained"), arms("paper_sizes"), rows_of("everywhere", "everywhere")
+    methods = by_rate(arms("range"))
+
+    def bold(name: str, text: str) -> str:
+        return f"**{text}**" if name == "default" else text
+
+    def rates_dead(method: str) -> str:
+        rates = methods.get(method) or {0.0: arms("range")[f"{method}, lr 3e-4"]}
+        runs = sum(map(len, rates.values()))
+        return bold(method, f"{sum(dead(each) > 0 for each in rates.values())} of {len(rates)}") + f" ({runs} runs)"
+
+    def spread(method: str) -> str:
+        found = {
+            name.split(", ")[1].removeprefix("lr "): runs
+            for name, runs in arms("schedules").items()
+            if name.startswith(f"{method}, ") and name.endswith(", constant")
+        }
+        final = [final_accuracy(run) for runs in found.values() for run in runs]
+        best = ", its best" if method == "GRPO" else ""
+        reach = bold(method, f"{min(final):.2f} to {max(final):.2f}")
+        return f"{reach} at {', '.join(sorted(found, key=float))}{best} ({len(final)} runs)"
+
+    def median_perplexity(name: str) -> str:
+        return large(float(np.median([perplexity(run) for run in language[name]])))
+
+    def mean_end(name: str, digits: int) -> str:
+        mean = np.mean([final_accuracy(run) for run in sizes[name]])
+        return f"{bold(name, f'{mean:.{digits}f}')} ({len(sizes[name])} runs)"
+
+    def totals(column: str) -> str:
+        pairs = [row[column].split("/") for row in everywhere]
+        return f"{sum(int(one) for one, _ in pairs)} of {sum(int(all_) for _, all_ in pairs)}"
+
+    before = language["default"][0]["test"]["perplexity"][0]
+    tables = {
+        bench: f"results/{bench}/tables" for bench in ("pretrained", "range", "schedules", "paper_sizes", "everywhere")
+    }
+    return markdown(
+        ["", "default", "GRPO", "published mask"],
+        [
+            [
+                f"[a pretrained model]({tables['pretrained']}/language.md) of 135M weights, lr 1e-3, 96 completions a "
+                "step: collapsed",
+                f"**{out_of(language['default'])}**",
+                out_of(language["GRPO (A)"]),
+                out_of(language["CAPO"]),
+            ],
+            [
+                f"perplexity of what it used to say, {before:.1f} before (GRPO at its best rate: "
+                f"{median_perplexity('GRPO tuned')})",
+                f"**{median_perplexity('default')}**",
+                median_perplexity("GRPO (A)"),
+                median_perplexity("CAPO"),
+            ],
+            [
+                f"[the testbed]({tables['range']}/methods.md), 16 a step, lr {short(min(methods['default']))} to "
+                f"{short(max(methods['default']))}: rates at which a run collapsed",
+                rates_dead("default"),
+                rates_dead("GRPO"),
+                rates_dead("published mask"),
+            ],
+            [
+                f"[with a constant rate]({tables['schedules']}/methods.md) and no warm-up: accuracy at the end",
+                spread("default"),
+                spread("GRPO"),
+                "",
+            ],
+            [
+                f"[at the paper's 96 a step]({tables['paper_sizes']}/methods.md), lr 1e-3: accuracy at the end",
+                mean_end("default", 3),
+                mean_end("GRPO (A)", 2),
+                mean_end("CAPO", 2),
+            ],
+            [
+                f"[{len(everywhere)} other]({tables['everywhere']}/everywhere.md) losses, optimizers, models and "
+                "tasks: collapsed",
+                f"**{totals('collapsed')}**",
+                f"{totals('at all its rates')} at two rates",
+                "",
+            ],
+        ],
+    )
+
+
+# docs/pretrained.md
+
+
+def pretrained() -> str:
+    shown = {
+        "default": "**default**: a trust region of 5e-3 nats",
+        "GRPO (A)": "GRPO",
+        "CAPO": "CAPO, the published mask",
+        "GRPO tuned": "GRPO at its best rate",
+    }
+    of = {row["arm"]: row for row in rows_of("pretrained", "language")}
+    rows = []
+    for name, label in shown.items():
+        runs = arms("pretrained")[name]
+        after = [perplexity(run) for run in runs]
+        row = of[name]
+        rows.append(
+            [
+                label,
+                short(runs[0]["settings"]["learning_rate"]),
+                row["seeds"],
+                row["collapsed"],
+                row[ACCURACY],
+                row["TEST"],
+                f"{runs[0]['test']['perplexity'][0]:.1f} → {large(float(np.median(after)))} "
+                f"({large(min(after))} to {large(max(after))})",
+                row["largest"],
+            ]
+        )
+    return markdown(
+        [
+            "arm",
+            "learning rate",
+            "seeds",
+            "collapsed",
+            "accuracy at the end",
+            "on held-out words",
+            "perplexity of its former answers",
+            "largest update, nats a token",
+        ],
+        rows,
+    )
+
+
+def pretrained_rates() -> str:
+    (rates,) = by_rate(arms("pretrained_rates")).values()
+    return markdown(
+        ["learning rate", *map(short, rates)],
+        [
+            ["collapsed", *(f"{dead(runs)}/{len(runs)}" for runs in rates.values())],
+            ["accuracy at the end", *(f"{np.mean([*map(final_accuracy, runs)]):.3f}" for runs in rates.values())],
+            [
+                "perplexity at the end, each seed",
+                *(", ".join(large(perplexity(run)) for run in runs) for runs in rates.values()),
+            ],
+        ],
+    )
+
+
+def pretrained_tasks() -> str:
+    right = read("pretrained/tasks.json")["right"]
+    return markdown(["task", "right"], [[name, f"{share:.3f}"] for name, share in right.items()])
+
+
+# docs/testbed.md
+
+
+def range_() -> str:
+    columns = ("method", "learning rate", "seeds", ACCURACY, "worst seed", "collapsed", "completions to 0.9")
+    shown = {"updates above twice the budget": "above 2 B", "largest update over the budget": "largest / B"}
+    return part("range", "range", same(*columns) | {ACCURACY: "accuracy"} | shown)
+
+
+def schedules() -> str:
+    rows = []
+    for method, label, each in (
+        ("default", "default", "3e-4"),
+        ("default", "default", "3e-3"),
+        ("default", "default", "3e-2"),
+        ("GRPO", "GRPO at its best rate", "3e-4"),
+    ):
+        name = f"{method}, lr {each}"
+        others = [arms("schedules")[f"{name}, {schedule}"] for schedule in ("no warm-up", "constant")]
+        rows.append([f"{label}, {each}", ends(arms("range")[name]), *map(ends, others)])
+    return markdown(["", "cosine, warm-up (above)", "cosine, no warm-up", "constant, no warm-up"], rows)
+
+
+_METHODS = same("arm", "seeds") | {ACCURACY: "accuracy"} | same("TEST", "collapsed", TO_TARGET)
+
+
+def paper_sizes() -> str:
+    names = ("GRPO standard", "default", "shorten", "CAPO with the share", "CAPO", "GRPO (A)", "Dr.GRPO (A)")
+    names += ("REINFORCE (A)", "GRPO, lr 5e-4", "GRPO, lr 7e-4")
+    return part("paper_sizes", "methods", _METHODS | same("fewer than GRPO standard", "out of bounds"), same(*names))
+
+
+def everywhere() -> str:
+    best = "GRPO's best rate"
+    columns = ("setting", "default", "worst seed", "dead", "GRPO, its best rate", "dead at both its rates")
+    return markdown(
+        [*columns, "default / GRPO", "above 2 B", "largest / B"],
+        [
+            [
+                row["setting"],
+                row["default, mean ± s.e."],
+                row["worst seed"],
+                row["collapsed"],
+                f"{row['GRPO there']} at {row[best]}",
+                row["at all its rates"],
+                row["default over GRPO's best"],
+                row["updates above twice the budget"],
+                row["largest update over the budget"],
+            ]
+            for row in rows_of("everywhere", "everywhere")
+        ],
+    )
+
+
+def units() -> str:
+    return markdown(
+        ["model", "lr", "lr ‖h‖₁", "mean 1 − π(a)", "rejected by the paper's bounds", "by the bounds translated"],
+        [
+            [
+                row["model"],
+                f"{row['lr']:g}",
+                f"{row['scale']:.4f}",
+                f"{row['1 - pi']:.3f}",
+                f"{row['plain']:.1%}",
+                f"{row['translated']:.1%}",
+            ]
+            for row in read("units.json")
+        ],
+    )
+
+
+def main_lengths() -> str:
+    names = (
+        "GRPO standard",
+        "GRPO tuned",
+        "GRPO (A)",
+        "REINFORCE (A)",
+        "default",
+        "shorten",
+        "CAPO, the paper's bounds",
+    )
+    names += (
+        "CAPO, the paper's bounds, with the share",
+        "Dr.CAPO with the share",
+        "ReinCAPO",
+        "ReinCAPO with the share",
+    )
+    names += ("REINFORCE, shorten", "REINFORCE, default", "REINFORCE, default, lr 1e-2")
+    return part("main", "methods", _METHODS | same("fewer than GRPO standard", "out of bounds"), same(*names))
+
+
+def sharpness() -> str:
+    return markdown(
+        ["known before the step", "R²", "left, log", "98 % quantile of what is left"],
+        [
+            [name, f"{each['r2']:.3f}", f"{each['left']:.2f}", f"× {each['factor']:.0f}"]
+            for name, each in read("sharpness.json")["known"].items()
+        ],
+    )
+
+
+def lengths() -> str:
+    rows = []
+    for method, label, own in (
+        ("default", "default, lr 1e-2", arms("range")["default, lr 1e-2"]),
+        ("shorten", "shorten, lr 5e-4", arms("main")["shorten"]),
+    ):
+        rows += [
+            [label, "its own", ends(own)],
+            ["", "those of another seed's run (yoked)", ends(arms("what")[f"{method}, yoked"])],
+            ["", "at every step their mean", ends(arms("what")[f"{method}, constant"])],
+        ]
+    return markdown(["at 16 completions", "lengths of the steps", "accuracy of each seed"], rows)
+
+
+def main_arms() -> str:
+    names = ("GRPO standard", "GRPO tuned", "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)", "CAPO", "Dr.CAPO", "ReinCAPO")
+    names += ("GRPO (A), KL budget 3e-4, next learning rate", "GRPO (A), KL budget 1e-4")
+    names += ("GRPO (A), KL budget 1e-4, predicted", "CAPO, KL budget 1e-4")
+    fewer = {"fewer than GRPO standard": "fewer than standard", "fewer than GRPO tuned": "fewer than tuned"}
+    return part("main", "methods", _METHODS | fewer, same(*names))
+
+
+def regime() -> str:
+    names = ["SGD, GRPO, lr 0.5", *(f"SGD, CAPO, lr 0.5, δ_F {bound}" for bound in ("10", "1", "1e-1", "1e-2"))]
+    names += [f"64 completions, {method}, lr {each}" for each in ("5e-4", "1e-3") for method in ("GRPO", "CAPO")]
+    names += [f"head only, GRPO, lr {each}" for each in ("2e-2", "5e-2")]
+    names += [f"head only, CAPO, lr 5e-2, δ_F {bound}" for bound in ("1e-1", "1e-2", "1e-3")]
+    names += ["head only, budget 1e-4, lr 5e-2"]
+    columns = same("arm", "seeds") | {ACCURACY: "accuracy"} | same("collapsed", "out of bounds")
+    return part("regime", "methods", columns, same(*names))
+
+
+def extensions() -> str:
+    beside = {
+        "SGD, soft, δ_F 1": ("regime", "SGD, CAPO, lr 0.5, δ_F 1"),
+        "SGD, soft, δ_F 10": ("regime", "SGD, CAPO, lr 0.5, δ_F 10"),
+        "Adam, soft, δ_F 1e-4": ("thresholds", "CAPO, δ_F 1e-4, δ_H 1e-2"),
+    }
+    soft = {"SGD, soft, δ_F 1": "", "SGD, soft, δ_F 10": ""}
+    penalties = {f"SGD, penalty {each}": "" for each in ("1e-2", "1e-1", "1")}
+    adam = {"Adam, soft, δ_F 1e-4": ", δ_H 1e-2", "Adam, penalty 10": "", "Adam, penalty 100": ""}
+    found = {row["arm"]: row for row in rows_of("extensions", "methods")}
+    rows = []
+    for name, more in (soft | penalties | adam).items():
+        hard = ""
+        if name in beside:
+            bench, arm = beside[name]
+            (row,) = (row for row in rows_of(bench, "methods") if row["arm"] == arm)
+            hard = f"{row[ACCURACY]}, {row['collapsed']}"
+        label = name.replace("SGD,", "SGD lr 0.5,").replace("Adam,", "Adam lr 5e-4,") + more
+        rows.append([label, found[name]["seeds"], found[name][ACCURACY], found[name]["collapsed"], hard])
+    return markdown(["in place of the mask", "seeds", "accuracy", "collapsed", "the hard mask at the same bound"], rows)
+
+
+# docs/calibrate.md
+
+
+def calibrated() -> str:
+    measured = {row["arm"]: row for row in rows_of("calibrated", "methods")}
+    by_hand = {row["arm"]: row for row in rows_of("main", "methods")}
+
+    def bound(name: str) -> str:
+        text = (RESULTS / "calibrated" / "thresholds" / f"{name}.yaml").read_text(encoding="utf-8")
+        value = float(re.findall(r"^capo_fisher_threshold: (\S+)", text, re.MULTILINE)[0])
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1e}".replace("e-0", "e-")
+
+    def line(label: str, threshold: str, row: dict[str, str]) -> list[str]:
+        return [label, threshold, row[ACCURACY], row["collapsed"], row["out of bounds"] if threshold else ""]
+
+    rows = [line("SGD lr 0.5, GRPO", "", measured["SGD, GRPO"]), line("SGD, by hand", "10", measured["SGD, by hand"])]
+    for target, file in (("1 %", "sgd-1"), ("5 %", "sgd-5"), ("10 %", "sgd-10"), ("3e-4 nats", "sgd-kl")):
+        rows.append(line(f"SGD, calibrated for {target}", bound(file), measured[f"SGD, {target}"]))
+    for target, file in (("5 %", "sgd-5"), ("10 %", "sgd-10")):
+        rows.append(line(f"SGD, adapting to {target}", f"from {bound(file)}", measured[f"SGD, adapting to {target}"]))
+    rows.append(line("Adam lr 5e-4, GRPO (A)", "", by_hand["GRPO (A)"]))
+    rows.append(line("Adam, by hand (CAPO)", "1e-3", by_hand["CAPO"]))
+    for target, file in (("1 %", "adam-1"), ("5 %", "adam-5"), ("3e-4 nats", "adam-kl")):
+        rows.append(line(f"Adam, calibrated for {target}", bound(file), measured[f"Adam, {target}"]))
+    return markdown(["arm", "δ_F", "accuracy at the end", "collapsed", "out of bounds in the run"], rows)
+
+
+# docs/monitor.md
+
+
+def alarms(false_alarms: int) -> str:
+    text = (RESULTS / "alarm" / "alarm.md").read_text(encoding="utf-8")
+    evaluated = text.split(f"## Tuned to at most {false_alarms} per 1,000")[1].split("**Tuning")[0]
+    return "\n".join(line for line in evaluated.splitlines() if line.startswith("|"))
+
+
+def lower_lr() -> str:
+    return (RESULTS / "alarm" / "lower_lr.md").read_text(encoding="utf-8").strip()
+
+
+# docs/performance.md
+
+
+def step() -> str:
+    shown = {
+        "CAPO, off": "CAPO, off",
+        "CAPO, monitor": "CAPO, monitor, KL of every tenth step",
+        "CAPO, mask, KL never measured": "CAPO, mask, KL never measured",
+        "CAPO, mask": "CAPO, mask, KL of every tenth step",
+        "CAPO, mask, KL of every step": "CAPO, mask, KL of every step",
+    }
+    found = [
+        {row["mode"]: row["clock"] for row in read(f"step/{name}.json")["rows"]}
+        for name in ("quickstart", "quickstart_logging_10", "smollm2_gsm8k_cpu")
+    ]
+
+    def cell(rows: dict[str, Any], mode: str) -> str:
+        if mode not in rows:
+            return ""
+        each = rows[mode]["over TRL, each round"]
+        return f"{rows[mode]['over TRL']:.2f} [{min(each):.2f}, {max(each):.2f}]"
+
+    theirs = "TRL's GRPOTrainer"
+    seconds = [f"{rows[theirs]['seconds a step, median']:.2f} s" for rows in found]
+    return markdown(
+        ["", "quickstart, every step logged", "quickstart, every tenth logged", "SmolLM2-135M, every step logged"],
+        [
+            ["TRL's step, median", *seconds],
+            *([label, *(cell(rows, mode) for rows in found)] for mode, label in shown.items()),
+        ],
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "what-it-does": what_it_does,
+    "pretrained": pretrained,
+    "pretrained-rates": pretrained_rates,
+    "pretrained-tasks": pretrained_tasks,
+    "range": range_,
+    "schedules": schedules,
+    "paper-sizes": paper_sizes,
+    "everywhere": everywhere,
+    "units": units,
+    "main-lengths": main_lengths,
+    "sharpness": sharpness,
+    "lengths": lengths,
+    "main": main_arms,
+    "regime": regime,
+    "extensions": extensions,
+    "calibrated": calibrated,
+    "alarms-1": lambda: alarms(1),
+    "alarms-5": lambda: alarms(5),
+    "lower-lr": lower_lr,
+    "step": step,
+    "theory-statements": lambda: theory(read("theory/checks.json")["Statements"]),
+    "theory-theorem": lambda: theory(read("theory/checks.json")["Theorem 5.1"]),
+    "theory-orders": lambda: theory(read("theory/checks.json")["Order of the error in ‖Δθ‖"]),
+    "theory-counterexamples": lambda: theory(read("theory/checks.json")["Counterexamples"]),
+    "theory-horizons": lambda: theory(read("theory/checks.json")["Horizons"]),
+}
+
+
+# Single numbers of the text
+
+
+def _updates(name: str) -> list[list[float]]:
+    return [finite(run["curves"]["capo/kl/measured"]) for run in arms("pretrained")[name]]
+
+
+def _default_at_16() -> float:
+    """The default's completions to the target over the rates at which the schedule is not the limit."""
+    names = [name for name in arms("range") if name.startswith("default, lr ") and not name.endswith(" 1e-4")]
+    return median_to_target("range", *names)
+
+
+def _fewer(completions: float) -> str:
+    return f"{median_to_target('paper_sizes', 'GRPO standard') / completions:.0f}"
+
+
+NUMBERS: dict[str, Callable[[], str]] = {
+    "pretrained/default/completions": lambda: f"{median_to_target('pretrained', 'default'):,.0f}",
+    "pretrained/tuned/completions": lambda: f"{median_to_target('pretrained', 'GRPO tuned'):,.0f}",
+    "pretrained/slower": lambda: (
+        f"{median_to_target('pretrained', 'default') / median_to_target('pretrained', 'GRPO tuned'):.1f}"
+    ),
+    "pretrained/default/kl": lambda: short(float(np.mean([np.mean(each) for each in _updates("default")]))),
+    "pretrained/default/largest": lambda: short(max(map(max, _updates("default")))),
+    "pretrained/tuned/kl": lambda: short(float(np.mean([np.mean(each) for each in _updates("GRPO tuned")]))),
+    "fewer/REINFORCE": lambda: _fewer(median_to_target("main", "REINFORCE, default")),
+    "fewer/96": lambda: _fewer(median_to_target("paper_sizes", "default")),
+    "fewer/16": lambda: _fewer(_default_at_16()),
+    "sharpness/runs": lambda: str(read("sharpness.json")["runs"]),
+    "sharpness/steps": lambda: f"{read('sharpness.json')['steps']:,}",
+}
