@@ -106,9 +106,11 @@ def what_it_does() -> str:
         return f"**{text}**" if name == "default" else text
 
     def rates_dead(method: str) -> str:
-        rates = methods.get(method) or {0.0: arms("range")[f"{method}, lr 3e-4"]}
-        runs = sum(map(len, rates.values()))
-        return bold(method, f"{sum(dead(each) > 0 for each in rates.values())} of {len(rates)}") + f" ({runs} runs)"
+        rates = methods[method]
+        runs = f"{sum(map(len, rates.values()))} runs" + (
+            "" if len(rates) == len(methods["default"]) else f", up to {short(max(rates))}"
+        )
+        return bold(method, f"{sum(dead(each) > 0 for each in rates.values())} of {len(rates)}") + f" ({runs})"
 
     def spread(method: str) -> str:
         found = {
@@ -257,7 +259,7 @@ def range_() -> str:
 
 
 def schedules() -> str:
-    rows = []
+    rows, betas = [], ("β₂ 0.99", "β₂ 0.95")
     for method, label, each in (
         ("default", "default", "3e-4"),
         ("default", "default", "3e-3"),
@@ -265,9 +267,10 @@ def schedules() -> str:
         ("GRPO", "GRPO at its best rate", "3e-4"),
     ):
         name = f"{method}, lr {each}"
-        others = [arms("schedules")[f"{name}, {schedule}"] for schedule in ("no warm-up", "constant")]
+        others = [arms("schedules").get(f"{name}, {change}", []) for change in ("no warm-up", "constant", *betas)]
         rows.append([f"{label}, {each}", ends(arms("range")[name]), *map(ends, others)])
-    return markdown(["", "cosine, warm-up (above)", "cosine, no warm-up", "constant, no warm-up"], rows)
+    columns = ["cosine, warm-up, β₂ 0.999 (above)", "no warm-up", "constant, no warm-up", *betas]
+    return markdown(["", *columns], rows)
 
 
 _METHODS = same("arm", "seeds") | {ACCURACY: "accuracy"} | same("TEST", "collapsed", TO_TARGET)
