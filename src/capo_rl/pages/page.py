@@ -90,22 +90,23 @@ def _cell(value: Any) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
-def html_page(title: str, about: str, *sections: Section, lead: str = "", style: str = "") -> str:
+def html_page(title: str, about: str, *sections: Section, lead: str = "", body: str = "", style: str = "") -> str:
     """The whole page, with the sections that have something to show.
 
-    `lead` is HTML that stands before everything else, `style` is added to the style that all pages have. Raises
-    `ReportError` for two parts of one name.
+    `lead` is HTML that stands before everything else, `body` stands after it all, and `style` is added to the style
+    that all pages have. Raises `ReportError` for two parts of one name.
     """
     shown = [section for section in sections if section.body]
     ids = [name for section in shown for name in (section.id, *section.parts)]
     if twice := {name for name in ids if ids.count(name) > 1}:
         raise ReportError(f"two parts of the report are called {', '.join(twice)}; rename the figure or the table")
-    contents = body = ""
+    contents = listed = ""
     for section in shown:
         parts = " ".join(f'<a href="#{name}">{name}</a>' for name in section.parts)
         contents += f'<li><a href="#{section.id}">{section.title}</a> {parts}</li>\n'
         inner = html_folded(section.folded, section.body) if section.folded else section.body
-        body += f'<section>\n<h2 id="{section.id}">{section.title}</h2>\n{inner}</section>\n'
+        listed += f'<section>\n<h2 id="{section.id}">{section.title}</h2>\n{inner}</section>\n'
+    nav = f'<nav aria-label="Contents"><ul>\n{contents}</ul></nav>\n' if contents else ""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -119,9 +120,7 @@ def html_page(title: str, about: str, *sections: Section, lead: str = "", style:
 <body>
 <h1>{escape(title)}</h1>
 {lead}<p>{escape(about)}</p>
-<nav aria-label="Contents"><ul>
-{contents}</ul></nav>
-{body}</body>
+{nav}{listed}{body}</body>
 </html>
 """
 

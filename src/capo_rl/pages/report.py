@@ -118,7 +118,7 @@ def _results_page(folder: Path) -> str:
         + [", ".join(_distinct([run["settings"] for run in its], name)) for name in apart]
         for arm, its in arms.items()
     ]
-    columns = ("arm", "seeds", "reward", "collapsed", *map(named, apart))
+    columns: list[str | Named] = ["arm", "seeds", "reward", "collapsed", *[named(name) for name in apart]]
     note = "Reward: smoothed, at the last step; mean ± standard error over seeds. Collapsed: as capo doctor has it."
     figures = [(html_id(path.stem), html_figure(path)) for path in _in_order(folder.glob("figures/*.svg"))]
     tables = [_read_table(path) for path in _in_order(folder.glob("tables/*.json"))]

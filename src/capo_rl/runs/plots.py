@@ -163,7 +163,7 @@ def _logarithmic(axes: Axes) -> None:
         line.set_data(points[shown, 0], points[shown, 1])
         if not shown.all():
             below = points[~shown, 0]
-            look = {"color": line.get_color(), "marker": 6, "markersize": 4, "linestyle": ""}
+            look: dict[str, Any] = {"color": line.get_color(), "marker": 6, "markersize": 4, "linestyle": ""}
             axes.plot(below, 0 * below, label=told, transform=axes.get_xaxis_transform(), clip_on=False, **look)
             told = "_" + told
     axes.relim()
