@@ -82,8 +82,9 @@ def draw(path: Path, title: str) -> None:
 
 
 def row(field: str, words: str, value: str) -> str:
-    """The start of a table's row: words, their field in a hover, and a value."""
-    return f'<td><abbr title="{field}">{words}</abbr></td><td>{value}'
+    """The start of a table's row: words, their field in a hover if it is another, and a value."""
+    cell = words if words == field else f'<abbr title="{field}">{words}</abbr>'
+    return f"<td>{cell}</td><td>{value}"
 
 
 def test_a_run_is_shown_whole(run, tmp_path):

@@ -62,7 +62,9 @@ def html_folded(title: str, body: str) -> str:
 
 
 def html_named(named: Named) -> str:
-    """Words, with their field in a hover."""
+    """Words, with their field in a hover where it is another."""
+    if named.words == named.field:
+        return escape(named.words)
     return f'<abbr title="{escape(named.field)}">{escape(named.words)}</abbr>'
 
 
