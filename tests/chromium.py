@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import json
 import re
 import shutil
@@ -12,7 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
+from numpy.typing import NDArray
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -54,6 +59,15 @@ class Browser:
     def width(self, pixels: int) -> None:
         screen = {"width": pixels, "height": 844, "deviceScaleFactor": 1, "mobile": pixels < 600}
         self("POST", "/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=screen)
+
+    def theme(self, name: str) -> None:
+        """What the reader has chosen: `light` or `dark`."""
+        features = [{"name": "prefers-color-scheme", "value": name}]
+        self("POST", "/goog/cdp/execute", cmd="Emulation.setEmulatedMedia", params={"features": features})
+
+    def picture(self) -> NDArray[np.floating]:
+        """What is on the screen: red, green and blue in [0, 1], by row and column [H, W, 3]."""
+        return imread(io.BytesIO(base64.b64decode(self("GET", "/screenshot"))), format="png")[..., :3]
 
     def run(self, script: str) -> Any:
         return self("POST", "/execute/sync", script=script, args=[])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from capo_rl.cli import main
-from capo_rl.pages.explain import ExplainError, token_texts, write_explanation
+from capo_rl.pages import explain
+from capo_rl.pages.explain import ExplainError, write_explanation
+from capo_rl.pages.token_text import token_texts
 from capo_rl.runs.tokens import StepTokens, write_step
 from chromium import browser, needs_browser
 from test_tokens import some_tokens
@@ -82,6 +85,11 @@ class Elements(HTMLParser):
         self.text += data
 
 
+def of_step(page: str, step: int) -> str:
+    """The part of a page about a step."""
+    return page[page.index(f'<section class="step" id="step-{step}">') :].partition("</section>")[0]
+
+
 def test_hostile_text_is_text(run, tmp_path):
     page = write_explanation(run, 4, tmp_path / "deep" / "explain.html").read_text()
     elements = Elements(page)
@@ -91,17 +99,21 @@ def test_hostile_text_is_text(run, tmp_path):
     # what a browser would obey or not show is spelled out, in the text, in the tables and in the tooltips
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]", page)
     for name in ("U+0000", "U+001B", "U+202E", "U+200B", "↵"):
-        assert page.count(f"<i>{name}</i>") == 2 and page.count(name) > 5, name
+        assert page.count(f"<i>{name}</i>") == 4 and page.count(name) > 10, name
     tips = [attributes["title"] for tag, attributes in elements.all if "title" in attributes]
-    assert len(tips) == 2 * len(HOSTILE)
+    assert len(tips) == 2 * 2 * len(HOSTILE)
     assert any(SCRIPT in tip for tip in tips)
     assert SCRIPT in elements.text and "&lt;U+200B&amp;" in elements.text
 
 
 def test_each_token_has_its_values_and_its_reason(run, tmp_path):
     page = write_explanation(run, None, tmp_path / "explain.html").read_text()
-    assert "<title>Step 8: which tokens were rejected, and why</title>" in page
-    assert "Run a&amp;b, optimizer step 8: 10 of 20 tokens were rejected." in page
+    assert "<title>Run a&amp;b: which tokens were rejected, and why</title>" in page
+    page = of_step(page, 8)
+    assert (
+        "<p>10 of 20 (50.0%) tokens rejected; with A &gt; 0 0 of 10 (0.0%), with A &lt; 0 10 of 10 (100.0%).</p>"
+        in page
+    )
     elements = Elements(page)
     tips = {tag: [a["title"] for t, a in elements.all if t == tag and "title" in a] for tag in ("span", "del")}
     assert len(tips["span"]) == len(tips["del"]) == 10
@@ -111,32 +123,76 @@ def test_each_token_has_its_values_and_its_reason(run, tmp_path):
         assert tip.endswith("A -0.5\nmissing mass 0.01\nrejected: m_F > 0.1")
     assert "Completion 1 · A = 1.5 · reward 1 · 0 of 10 rejected" in page
     assert "Completion 2 · A = -0.5 · no reward · 10 of 10 rejected" in page
-    assert "<td>rejected, A &lt; 0</td><td>10 of 10 (100.0%)</td>" in page
-    assert "<td>rejected, A &gt; 0</td><td>0 of 10 (0.0%)</td>" in page
     assert "<td>tokens with m_F &gt; 0.1</td><td>10</td>" in page
     assert "<td>bounds on m_H</td><td>≥ -1</td>" in page
     # the colours: 3 at the bound, 6 more than a hundred times above it
-    levels = [int(a["class"][1]) for _, a in elements.all if "title" in a]
-    assert levels[0] == 0 and max(levels[:10]) == 3 and min(levels[10:]) == 4 and levels[-1] == 6
+    kept, out = ([int(a["class"][1]) for t, a in elements.all if t == tag and "title" in a] for tag in ("span", "del"))
+    assert (min(kept), max(kept), min(out), max(out)) == (0, 3, 4, 6)
 
 
 def test_the_tally_is_over_all_recorded_steps(run, tmp_path):
     page = unescape(write_explanation(run, 4, tmp_path / "explain.html").read_text())
     assert "Counted over 2 recorded steps, 4 to 8." in page
-    tally = page[page.index('<h2 id="run">') : page.index('<h2 id="completions">')]
+    tally = page[page.index("Most rejected tokens") : page.index('<section class="step"')]
     assert "<h3>A > 0</h3>\n<p>None was rejected.</p>" in tally
     assert "<td>prompt</td><td>2</td><td>2</td><td>100%</td>" in tally and tally.count("<tr><td>") == 10
 
 
 def test_a_verdict_that_is_not_by_bounds_alone_says_so(run, tmp_path):
     write_step(run, hostile_tokens(9, judged="sequence", mode="monitor", fisher=None, low=None))
-    page = write_explanation(run, None, tmp_path / "explain.html").read_text()
-    assert "would have been rejected; the run was only watched" in page
-    assert "rejected: judged by the mean of its sequence" in page
-    assert "<td>bound on m_F</td><td>none</td>" in page
+    page = write_explanation(run, 9, tmp_path / "explain.html").read_text()
+    assert "Step 9, as asked for. No token was left out of the gradient: capo_mode is monitor." in page
+    part = of_step(page, 9)
+    assert "10 of 20 (50.0%) tokens would have been rejected" in part
+    assert "rejected: judged by the mean of its sequence" in part
+    assert "<td>bound on m_F</td><td>none</td>" in part
     write_step(run, some_tokens(about={"step": 10}))
+    part = of_step(write_explanation(run, None, tmp_path / "explain.html").read_text(), 10)
+    assert part.count("rejected: not finite") == part.count("rejected: m_H &lt; -1") == 1
+
+
+def worse(step: int) -> StepTokens:
+    """A step with twelve rejected tokens: two of the first completion, and all of the second."""
+    tokens = hostile_tokens(step)
+    return replace(tokens, keep=tokens.keep & ~np.isin(np.arange(20), [3, 7]))
+
+
+def test_it_opens_on_the_step_with_the_most_rejections_and_links_to_the_others(run, tmp_path):
+    write_step(run, worse(6))
     page = write_explanation(run, None, tmp_path / "explain.html").read_text()
-    assert page.count("rejected: not finite") == page.count("rejected: m_H &lt; -1") == 1
+    assert "Of the recorded steps, 6 has the most rejections." in page
+    assert "body:not(:has(.step:target)) #step-6 { display: block; }" in page
+    assert re.findall('<section class="step" id="step-(.*?)">', page) == ["4", "6", "8"]
+    assert re.findall('href="#step-(.*?)"', of_step(page, 6)) == ["4", "8"]
+    assert [re.findall('href="#step-(.*?)"', of_step(page, step)) for step in (4, 8)] == [["6"], ["6"]]
+    rows = re.findall(r'<td><a href="#step-(\d+)">\1</a></td><td>(.*?)</td>', page)
+    assert rows == [("4", "10 of 20 (50.0%)"), ("6", "12 of 20 (60.0%)"), ("8", "10 of 20 (50.0%)")]
+    asked = write_explanation(run, 8, tmp_path / "explain.html").read_text()
+    assert "Step 8, as asked for." in asked and "#step-8 { display: block; }" in asked
+    for step in (4, 6, 8):
+        write_step(run, replace(hostile_tokens(step), keep=np.ones(20, bool)))
+    page = write_explanation(run, None, tmp_path / "explain.html").read_text()
+    assert "In no recorded step a token is out of bounds; this is the last, 8." in page
+
+
+def test_steps_that_a_page_has_no_room_for_are_named(run, tmp_path, monkeypatch):
+    write_step(run, worse(6))
+    monkeypatch.setattr(explain, "_ROOM", 59)
+    page = write_explanation(run, 4, tmp_path / "explain.html").read_text()
+    assert re.findall('<section class="step" id="step-(.*?)">', page) == ["4", "6"]
+    assert "<tr><td>8</td><td>10 of 20" in page and "For a step without a link: capo explain RUN --step N." in page
+
+
+def test_what_was_rejected_comes_first_and_each_prompt_has_its_numbers(run, tmp_path):
+    part = of_step(write_explanation(run, 4, tmp_path / "explain.html").read_text(), 4)
+    assert re.findall("<h3>(.*?)</h3>", part) == ["Prompt 2", "Prompt 1"]
+    assert re.findall("Completion (.)", part) == ["2", "1"]
+    assert '<p class="head">1 completion · no reward · 10 of 10 (100.0%) tokens rejected</p>' in part
+    assert '<p class="head">1 completion · reward 1 on average · 0 of 10 (0.0%) tokens rejected</p>' in part
+    write_step(run, replace(worse(4), prompt=np.array([[-1, 8], [-1, 8]], "i4")))
+    part = of_step(write_explanation(run, 4, tmp_path / "explain.html").read_text(), 4)
+    assert "2 completions · reward 1 on average (1 of 2 have one) · 12 of 20 (60.0%) tokens rejected" in part
+    assert re.findall("Completion (.)", part) == ["2", "1"] and part.count("<h3>") == 1
 
 
 def test_what_can_not_be_explained_is_said(run, tmp_path, capsys):
@@ -196,14 +252,38 @@ def test_a_browser_shows_the_text_and_runs_nothing(run, tmp_path):
         for pixels in (1280, 390):
             chromium.width(pixels)
             chromium("POST", "/url", url=address)
-            assert chromium.run("return document.title") == "Step 8: which tokens were rejected, and why"
+            assert chromium.run("return document.title") == "Run a&b: which tokens were rejected, and why"
             assert chromium.run("return document.querySelectorAll('script, img').length") == 0
-            assert SCRIPT in chromium.run("return document.querySelector('article').innerText")
-            assert chromium.run("return document.querySelectorAll('article div.text > del').length") == 10
+            assert SCRIPT in chromium.run("return document.querySelector('#step-8 article').innerText")
+            assert chromium.run("return document.querySelectorAll('#step-8 div.text > del').length") == 10
             assert chromium.run("return document.documentElement.scrollWidth") <= pixels
-            colour = "return getComputedStyle(document.querySelector('article .f6')).backgroundColor"
+            colour = "return getComputedStyle(document.querySelector('#step-8 article .f6')).backgroundColor"
             by_f = chromium.run(colour)
-            chromium.run("document.querySelector('#by-h').click()")
+            chromium.run("document.querySelector('#step-8 label[for=by-h]').click()")
             assert by_f.startswith("rgba(214, 96, 0") and chromium.run(colour).startswith("rgba(0, 138, 92")
         assert {url for url in chromium.asked() if not url.startswith("data:")} == {address}
         assert chromium.log("browser") == []
+
+
+@needs_browser
+def test_a_browser_shows_one_step_and_a_link_leads_to_the_next(run, tmp_path):
+    write_step(run, worse(6))
+    address = write_explanation(run, None, tmp_path / "explain.html").as_uri()
+    with browser(tmp_path / "profile") as chromium:
+
+        def seen() -> list[str]:
+            steps = "[...document.querySelectorAll('.step')].filter(step => step.checkVisibility())"
+            return chromium.run(f"return {steps}.map(step => step.id)")
+
+        chromium.width(390)
+        chromium("POST", "/url", url=address)
+        assert seen() == ["step-6"]
+        first = "return document.querySelector('#step-6 article').getBoundingClientRect().top"
+        assert chromium.run(first) < 844  # on the first screen of a phone
+        chromium.run("document.querySelector('#step-6 [rel=next]').click()")
+        assert seen() == ["step-8"]
+        chromium.run("document.querySelector('#step-8 [rel=prev]').click()")
+        chromium.run("document.querySelector('#step-6 [rel=prev]').click()")
+        assert seen() == ["step-4"]
+        chromium("POST", "/back")
+        assert seen() == ["step-6"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 
 from capo_rl.cli import main
-from capo_rl.runs.plots import draw_comparison, draw_run
+from capo_rl.runs.plots import draw_comparison, draw_panels, draw_run
 from capo_rl.runs.records import (
     RunFolderError,
     check_folder,
@@ -111,6 +112,27 @@ def test_curves_are_drawn_of_any_run(tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     draw_comparison({"GRPO": off, "CAPO": masked}, tmp_path / "both.png", title="both")
     assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_zeros_and_what_is_not_a_number_do_not_tear_a_logarithmic_axis(tmp_path):
+    values = [0.0, 1e-3, 2e-3, None, math.nan, 1e-30, 3e-3, math.inf, 0.0]
+    entries = [{"step": i, "reward": 0.5, "capo/kl/measured": value} for i, value in enumerate(values)]
+    draw_run(entries, tmp_path / "run.svg", title="")
+    whole, panel = tmp_path / "run.svg", draw_panels(entries, tmp_path, collapsed=6)["capo/kl/measured"]
+    for drawn in (whole.read_text(), panel.read_text()):
+        width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn).groups())
+        lines = re.findall(r'<path d="(M [^z"]+)" clip-path', drawn)
+        points = [point for line in lines for point in re.findall(r"[ML] (\S+) (\S+)", line)]
+        assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in points) and len(points) > 20
+        assert "zero, or off the scale" in drawn and "10^{-30}" not in drawn
+    # the three that the axis has no place for are marks on its edge, beside the legend's own
+    assert len(re.findall(r"<use [^>]*fill: #0072b2", panel.read_text())) == 3 + 1
+
+
+def test_an_axis_is_linear_where_nothing_is_above_zero(tmp_path):
+    entries = [{"step": i, "reward": 0.5, "grad_norm": 0.0} for i in range(5)]
+    draw_run(entries, tmp_path / "run.svg", title="")
+    assert "zero, or off the scale" not in (tmp_path / "run.svg").read_text()
 
 
 def test_metrics_without_a_training_step_are_an_error(tmp_path):

@@ -61,12 +61,14 @@ def _report(options: argparse.Namespace) -> None:
 def add_explain(commands: Commands) -> None:
     explain = commands.add_parser(
         "explain",
-        help="one HTML page about a step: which tokens were rejected, and why",
-        description="Show the completions of one step token by token: their shifts, which were rejected, and by which "
-        "bound. The run must have been trained with capo_tokens_every.",
+        help="one HTML page about recorded steps: which tokens were rejected, and why",
+        description="Show the completions of recorded steps token by token: their shifts, which were rejected, and "
+        "by which bound. The run must have been trained with capo_tokens_every.",
     )
     explain.add_argument("folder", metavar="RUN", help="the folder of a run")
-    explain.add_argument("--step", type=int, metavar="N", help="which step (default: the last that was recorded)")
+    explain.add_argument(
+        "--step", type=int, metavar="N", help="which step it opens on (default: the one with the most rejections)"
+    )
     explain.add_argument(
         "--out", type=a_file, metavar="FILE", default="explain.html", help="the page to write (default: %(default)s)"
     )

@@ -68,17 +68,19 @@ class Diagnosis:
     sentences: list[str]
     changes: list[Change] = field(default_factory=list)
 
+    def diff(self) -> list[str]:
+        """What to try, a line a field that goes or comes; a reason ends with the last of a change."""
+        lines = []
+        for change in self.changes:
+            if change.before is not None:
+                lines.append(f"-{change.name}: {_yaml(change.before)}")
+            if change.after is not None:
+                lines.append(f"+{change.name}: {_yaml(change.after)}")
+            lines[-1] += f"    # {change.why}"
+        return lines
+
     def __str__(self) -> str:
-        lines = list(self.sentences)
-        if self.changes:
-            lines.append("Try:")
-            for change in self.changes:
-                if change.before is not None:
-                    lines.append(f"-{change.name}: {_yaml(change.before)}")
-                if change.after is not None:
-                    lines.append(f"+{change.name}: {_yaml(change.after)}")
-                lines[-1] += f"    # {change.why}"
-        return "\n".join(lines)
+        return "\n".join([*self.sentences, *(["Try:", *self.diff()] if self.changes else [])])
 
 
 def diagnose(log: Log) -> Diagnosis:
