@@ -4,12 +4,14 @@
 
 The surprise of a step is its KL over what the control expected of it, κ_t / κ̄: with κ_t = KL_t (f_t / lr_t)² and κ̄ the
 control's moving mean of those before it. A judgement f that knows how long this step may be makes surprises smaller.
-Printed for each arm: accuracy at the end of each seed, the standard deviation of log surprises and their 98 % quantile
-over all steps but a run's first 20, and the updates above twice the budget (measured on all completions).
+Printed for each arm, and written to tables/surprises.json: accuracy at the end of each seed, the standard deviation of
+log surprises and their 98 % quantile over all steps but a run's first 20, and the updates above twice the budget
+(measured on all completions).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from capo_rl.planning.trust_region import _MEMORY
+from capo_rl.runs.records import write_json
 from capo_rl.testbed.arms import final_accuracy
 from capo_rl.testbed.bench import read_results
 
@@ -51,17 +54,25 @@ def surprises(run: dict[str, Any]) -> list[float]:
 
 
 def main() -> None:
-    print("| judgement, learning rate | accuracy of each seed | log surprise, s.d. | 98 % quantile | above 2 B |")
-    print("|---|---|---|---|---|")
+    folder = Path(sys.argv[1]) if sys.argv[1:] else RESULTS
     arms: dict[str, list[dict[str, Any]]] = {}
-    for result in read_results(sys.argv[1] if sys.argv[1:] else RESULTS):
+    for result in read_results(folder):
         arms.setdefault(result["arm"], []).append(result)
+    rows = []
     for name, runs in arms.items():
         logs = np.concatenate([surprises(run) for run in runs])
         whole = [kl for run in runs for kl in run["curves"]["capo/kl/whole"] if kl is not None]
-        accuracies = ", ".join(f"{final_accuracy(run):.2f}" for run in runs)
-        above = np.mean([kl > 2 * BUDGET for kl in whole])
-        print(f"| {name} | {accuracies} | {logs.std():.2f} | × {np.exp(np.quantile(logs, 0.98)):.1f} | {above:.2%} |")
+        row = {
+            "judgement": name,
+            "accuracies": [final_accuracy(run) for run in runs],
+            "log surprise, s.d.": float(logs.std()),
+            "98 % quantile": float(np.exp(np.quantile(logs, 0.98))),
+            "above 2 B": float(np.mean([kl > 2 * BUDGET for kl in whole])),
+        }
+        rows.append(row)
+        print(json.dumps(row))
+    (folder / "tables").mkdir(exist_ok=True)
+    write_json(folder / "tables" / "surprises.json", rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from capo_rl.pages.doctor import FIGURES, moved
 from capo_rl.statistics import completions_to_target
 from capo_rl.testbed.arms import Arms, Runs, by_rate, collapse, final_accuracy, finite, reached
 from capo_rl.testbed.bench import read_results
@@ -351,6 +352,22 @@ def sharpness() -> str:
     )
 
 
+def judgements() -> str:
+    rows = [
+        [
+            row["judgement"],
+            ", ".join(f"{accuracy:.2f}" for accuracy in row["accuracies"]),
+            f"{np.mean(row['accuracies']):.3f}",
+            f"{row['log surprise, s.d.']:.2f}",
+            f"× {row['98 % quantile']:.0f}",
+            f"{row['above 2 B']:.2%}",
+        ]
+        for row in read("judgements/tables/surprises.json")
+    ]
+    columns = ["accuracy, seeds 1 to 3", "mean", "log surprise, s.d.", "98 % quantile", "above 2 B"]
+    return markdown(["judgement of the step", *columns], rows)
+
+
 def lengths() -> str:
     rows = []
     for method, label, own in (
@@ -478,6 +495,41 @@ def step() -> str:
     )
 
 
+# docs/doctor.md
+
+
+@cache
+def doctor() -> dict[str, Any]:
+    """How often each of the doctor's figures moves in the testbed's runs, before a collapse if there is one."""
+    dead, alive, nothing = 0, 0, 0
+    spoke: dict[str, dict[str, int]] = {figure.title: {"dead": 0, "alive": 0, "first": 0} for figure in FIGURES}
+    for path in RESULTS.glob("*/*/*.json"):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if "reward" not in run.get("curves", ()):
+            continue
+        at = collapse(run)
+        dead, alive, steps = dead + (at is not None), alive + (at is None), {}
+        for figure in FIGURES:
+            values = run["curves"].get(figure.names[0]) or []
+            series = [(i, x) for i, x in enumerate(values[:at]) if x is not None]
+            if (step := moved(series, figure.falls, figure.least)) is not None:
+                steps[figure.title] = step
+                spoke[figure.title]["alive" if at is None else "dead"] += 1
+        if at is not None and steps:
+            spoke[min(steps, key=lambda title: steps[title])]["first"] += 1
+        nothing += at is not None and not steps
+    return {"dead": dead, "alive": alive, "nothing": nothing, "spoke": spoke}
+
+
+def doctor_figures() -> str:
+    rows = [
+        [title, *(str(count) for count in counts.values())]
+        for title, counts in doctor()["spoke"].items()
+        if title != "completion length"  # which benches do not keep
+    ]
+    return markdown(["figure", "moved before the collapse", "moved in a run that lives", "moved first"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "what-it-does": what_it_does,
     "pretrained": pretrained,
@@ -490,6 +542,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "units": units,
     "main-lengths": main_lengths,
     "sharpness": sharpness,
+    "judgements": judgements,
     "lengths": lengths,
     "main": main_arms,
     "regime": regime,
@@ -499,6 +552,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "alarms-5": lambda: alarms(5),
     "lower-lr": lower_lr,
     "step": step,
+    "doctor": doctor_figures,
     "theory-statements": lambda: theory(read("theory/checks.json")["Statements"]),
     "theory-theorem": lambda: theory(read("theory/checks.json")["Theorem 5.1"]),
     "theory-orders": lambda: theory(read("theory/checks.json")["Order of the error in ‖Δθ‖"]),
@@ -536,6 +590,9 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "fewer/REINFORCE": lambda: _fewer(median_to_target("main", "REINFORCE, default")),
     "fewer/96": lambda: _fewer(median_to_target("paper_sizes", "default")),
     "fewer/16": lambda: _fewer(_default_at_16()),
+    "doctor/dead": lambda: str(doctor()["dead"]),
+    "doctor/alive": lambda: str(doctor()["alive"]),
+    "doctor/nothing": lambda: str(doctor()["nothing"]),
     "sharpness/runs": lambda: str(read("sharpness.json")["runs"]),
     "sharpness/steps": lambda: f"{read('sharpness.json')['steps']:,}",
 }
