@@ -1,8 +1,9 @@
 # `make train`: CAPO on a small language model, in minutes.  `make test`: everything that CI checks.
+# `make docs`: the pages as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types
+.PHONY: train test lint types docs
 
 train: .venv/installed
 	$(BIN)/capo train recipes/quickstart.yaml
@@ -17,6 +18,13 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+docs: .venv/docs
+	$(BIN)/mkdocs build
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "capo-rl needs Python 3.11 or newer: make PYTHON=python3.11")'

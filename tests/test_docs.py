@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -77,3 +79,17 @@ def test_files_and_pages_that_are_named_are_there(page):
     theirs = ("trainer/", "transformers/", "trl/", "verl/")
     missing = [name for name in named if not any((place / name).exists() for place in places)]
     assert not [name for name in missing if not name.startswith(theirs)]
+
+
+def test_the_site_has_every_page():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    beside = {"index.md", "api.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    assert set(re.findall(r"\w+\.md", nav)) == {page.name for page in (ROOT / "docs").glob("*.md")} | beside
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "api.html").exists()

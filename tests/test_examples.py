@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -47,6 +49,28 @@ def test_lora_is_held_to_the_budget(tmp_path):
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert example("resume").main(["--max-steps", "2", "--output-dir", str(tmp_path)])
+
+
+@pytest.fixture
+def eight_curves():
+    """Those of docs/metrics.md, which tests/test_doctor.py finds among what a run logs."""
+    docs = (EXAMPLES.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
+    return [f"train/{name}" for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)]
+
+
+def test_a_trackio_dashboard_has_the_eight_curves(eight_curves, capsys):
+    example("dashboard").main(["trackio", "my project", "--at", "http://host/"])
+    asked = parse_qs(urlsplit(capsys.readouterr().out).query)
+    assert asked["project"] == ["my project"]
+    assert asked["metrics"] == [",".join(eight_curves)]
+
+
+def test_a_wandb_view_has_the_eight_curves(eight_curves):
+    pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed")
+    (section,) = example("dashboard").wandb_view("me", "my project").sections
+    assert [name for panel in section.panels for name in panel.y] == eight_curves
+    assert [panel.y for panel in section.panels if panel.log_y] == [["train/capo/kl/measured"], ["train/grad_norm"]]
 
 
 def test_examples_are_short():
