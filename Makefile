@@ -1,15 +1,25 @@
 # `make train`: CAPO on a small language model, in minutes.  `make test`: everything that CI checks.
+# `make quick`: what of it takes less than a minute, for the loop of writing: ruff, and what needs no trainer.
 # `make docs`: the pages as a site, in site/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint types docs
+.PHONY: train test quick lint types docs
+
+# Without a trainer.
+QUICK := answers arithmetic closing constraints head kernels planner rivals selection share shifts statistics step \
+  step_model top_p trust_region
 
 train: .venv/installed
 	$(BIN)/capo train recipes/quickstart.yaml
 
 test: lint types .venv/smollm2
 	$(BIN)/python -m pytest
+
+quick: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --exitfirst --quiet $(QUICK:%=tests/test_%.py)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices are tiny; the other cores have other processes
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # where Triton is installed, its kernels run on the CPU
 
+import accelerate.utils.imports
 import pytest
 import torch
 from datasets import Dataset
@@ -21,6 +25,17 @@ from capo_rl import CAPOConfig, CAPOTrainer
 
 settings.register_profile("no clock", deadline=None)  # an example may take long where the machine is busy
 settings.load_profile("no clock")
+
+# Accelerate reads the metadata of packages anew for each model that it looks at: a fifth of a tiny run's time.
+accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
+
+
+def pytest_collection_finish() -> None:
+    """Accelerate collects garbage at the end of each run, and going through all that was imported is half of a tiny
+    run's time: what is there now stays."""
+    gc.collect()
+    gc.freeze()
+
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
 

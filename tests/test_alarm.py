@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
+import warm
 from capo_rl import MonitorCallback
 from capo_rl.trainers.alarm import Alarm, AlarmCallback, Watch, scale_learning_rate
 
@@ -366,7 +367,8 @@ def test_the_learning_rate_of_other_schedulers_is_scaled_too(schedule):
     assert scaled == pytest.approx(plain[:2] + [rate / 2 for rate in plain[2:]])
 
 
-def _logs_of_its_own(rank: int, folder: str) -> None:
+def _logs_of_its_own(rank: int, folder: str, port: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
     PartialState(cpu=True)
     callback = AlarmCallback(Alarm({"capo/batch/m_f": 0.0}, **ALWAYS), ("stop",))
@@ -381,12 +383,11 @@ def _logs_of_its_own(rank: int, folder: str) -> None:
     os._exit(0)  # an interpreter that takes its objects down may abort in gloo's threads; what is tested is over
 
 
-def test_all_processes_act_on_the_figures_of_the_first(tmp_path, monkeypatch):
+def test_all_processes_act_on_the_figures_of_the_first(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(_logs_of_its_own, (str(tmp_path),), nprocs=2)
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.start_processes(_logs_of_its_own, (str(tmp_path), port), nprocs=2, start_method=warm.METHOD)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one[0] is other[0] is False
     assert [each.get("capo/alarm/ratio") for each in one[1]] == [each.get("capo/alarm/ratio") for each in other[1]]

@@ -6,9 +6,11 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import warm
 from capo_rl.settings.recipe import read_recipe
 from capo_rl.testbed.arms import MAIN
 from capo_rl.testbed.bench import BESIDE, CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
@@ -39,6 +41,11 @@ def test_tuning_and_comparison_use_different_seeds():
     assert len(compared) == 5
     for name in ("thresholds", "learning_rate", "budget"):
         assert not compared & set(read_bench(EXPERIMENTS / f"{name}.yaml").seeds)
+
+
+@pytest.fixture(autouse=True)
+def workers_that_need_not_import_torch_again(monkeypatch):
+    monkeypatch.setattr("capo_rl.testbed.bench.multiprocessing", SimpleNamespace(get_context=lambda _: warm.CONTEXT))
 
 
 def write(folder: Path, text: str) -> Path:

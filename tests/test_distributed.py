@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+
+import warm
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
@@ -39,16 +38,7 @@ def run(folder: Path, processes: int, **settings) -> list[dict]:
 
 def launch(folder: Path, processes: int, runs: list[dict]) -> None:
     folder.mkdir(exist_ok=True)
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    path = os.pathsep.join(filter(None, [str(here), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [*command, str(here / "many_processes.py"), str(folder), json.dumps(runs)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    warm.launch(processes, [str(Path(__file__).parent / "many_processes.py"), str(folder), json.dumps(runs)])
 
 
 def check_equal(one: dict, several: list[dict]) -> None:

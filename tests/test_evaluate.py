@@ -11,7 +11,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from tests.conftest import make_model, make_tokenizer
 
 import capo_rl.evaluation.evaluate as module
 from capo_rl.answers import Rule
@@ -25,6 +24,7 @@ from capo_rl.evaluation.summary import compare, summarize
 from capo_rl.runs.models import ModelError
 from capo_rl.runs.records import LOCK, RunFolderError, sole_writer
 from capo_rl.tasks import arithmetic
+from conftest import make_model, make_tokenizer
 
 SMALL = Settings("embedded", samples=3, temperature=1.0, top_p=1.0, max_new_tokens=60, batch_size=8)
 

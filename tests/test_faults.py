@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import warm
 from capo_rl.runs.records import read_metrics
 from capo_rl.trainers.checkpoints import (
     CheckpointError,
@@ -27,6 +28,7 @@ from capo_rl.trainers.checkpoints import (
 )
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+CAPO = ("-m", "capo_rl.cli")
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 HANGS = 1200  # seconds: what takes longer hangs, on a machine with twenty other processes too
 
@@ -165,22 +167,27 @@ def test_weights_that_are_not_finite_are_not_saved(build, tmp_path, only, way):
 # ---- `capo train` and torchrun, the quickstart's model -----------------------------------------------------------
 
 
-def start(
-    folder: Path, *options: str, processes: int = 1, program: tuple[str, ...] = ("-m", "capo_rl.cli")
-) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    command = [sys.executable, *(launcher if processes > 1 else []), *program, "train", QUICKSTART]
+def command(folder: Path, *options: str, processes: int = 1, program: tuple[str, ...] = CAPO) -> list[str]:
     size = ["--per_device_train_batch_size", str(16 // processes), "--max_steps", "8", "--dataset_limit", "64"]
+    return [*program, "train", QUICKSTART, "--output_dir", str(folder), *size, "--save_steps", "2", *options]
+
+
+def start(folder: Path, *options: str) -> warm.Process:
+    return warm.Process(command(folder, *options))
+
+
+def torchrun(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """Two processes, and the launcher that watches over them."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     return subprocess.Popen(
-        [*command, "--output_dir", str(folder), *size, "--save_steps", "2", *options],
+        [*launcher, *command(folder, *options, processes=2)],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, count: int) -> None:
+def wait_for_steps(process: subprocess.Popen[str] | warm.Process, folder: Path, count: int) -> None:
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[1][-3000:]
@@ -196,9 +203,7 @@ def worker(launcher: subprocess.Popen[str], rank: int) -> psutil.Process:
 def ends_whole(folder: Path, processes: int = 1) -> None:
     """The newest checkpoint is whole, and the same command goes on from it to the end."""
     assert resume_point(folder) is not None
-    again = start(folder, processes=processes)
-    errors = again.communicate(timeout=HANGS)[1]
-    assert again.returncode == 0, errors[-3000:]
+    warm.launch(processes, command(folder, processes=processes))
     assert next(iter(checkpoints(folder))) == 8
     assert (folder / "summary.json").exists()
 
@@ -263,7 +268,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
 
 
 def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path, record_property):
-    run = start(tmp_path / "run", processes=2)
+    run = torchrun(tmp_path / "run")
     wait_for_steps(run, tmp_path / "run", 3)
     worker(run, 1).send_signal(signal.SIGKILL)
     start_of_wait = time.monotonic()
@@ -274,16 +279,14 @@ def test_a_killed_process_ends_the_others_and_the_last_checkpoint_stays(tmp_path
 
 
 def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path, record_property):
-    run = start(tmp_path / "run", "--ddp_timeout", "5", processes=2)
-    wait_for_steps(run, tmp_path / "run", 3)
-    other, hanging = worker(run, 0), worker(run, 1)
+    other, hanging = warm.start(2, command(tmp_path / "run", "--ddp_timeout", "5", processes=2))
+    wait_for_steps(other, tmp_path / "run", 3)
     hanging.send_signal(signal.SIGSTOP)
     start_of_wait = time.monotonic()
-    other.wait(timeout=HANGS)  # without ddp_timeout on CPUs this takes 30 minutes
+    errors = other.communicate(timeout=HANGS)[1]  # without ddp_timeout on CPUs this takes 30 minutes
     record_property("seconds", time.monotonic() - start_of_wait)
     hanging.send_signal(signal.SIGKILL)
-    errors = run.communicate(timeout=HANGS)[1]
-    assert run.returncode != 0
+    assert other.returncode != 0
     assert "Timed out waiting 5000ms" in errors
     assert resume_point(tmp_path / "run") is not None
 
@@ -304,17 +307,17 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_all_with_the_last_checkpo
     (tmp_path / "not_finite.py").write_text(NOT_FINITE)
     program = (str(tmp_path / "not_finite.py"),)
     options = ("--capo_mode", "monitor", "--capo_kl_budget", "null")
-    run = start(tmp_path / "run", *options, processes=2, program=program)
-    errors = run.communicate(timeout=HANGS)[1]
-    assert run.returncode != 0
-    assert "step 4 left weights that are not finite" in errors, errors[-3000:]
-    assert "checkpoint-2" in errors
+    for run in warm.start(2, command(tmp_path / "run", *options, processes=2, program=program)):
+        errors = run.communicate(timeout=HANGS)[1]
+        assert run.returncode != 0
+        assert "step 4 left weights that are not finite" in errors, errors[-3000:]
+        assert "checkpoint-2" in errors
     assert list(checkpoints(tmp_path / "run")) == [2]
     assert resume_point(tmp_path / "run") is not None
 
 
 def test_all_processes_stop_at_one_step_when_the_launcher_is_told(tmp_path, record_property):
-    run = start(tmp_path / "run", "--save_steps", "100", processes=2)
+    run = torchrun(tmp_path / "run", "--save_steps", "100")
     wait_for_steps(run, tmp_path / "run", 2)
     run.send_signal(signal.SIGTERM)
     start_of_wait = time.monotonic()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+import warm
 from capo_rl import AdamStep, Head, Planner, Thresholds, TrustRegion
 from capo_rl.curvature.processes import Processes
 from capo_rl.planning.trust_region import Steering, way_back
@@ -264,7 +265,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path):
-    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    mp.start_processes(one_of_two, (str(tmp_path),), nprocs=2, start_method=warm.METHOD)
     head, share, fractions, state = run()
     assert 0 < share < 1
     assert min(fractions) < 1

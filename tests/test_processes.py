@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import warm
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import Thresholds
 from capo_rl.curvature.step import AdamStep, SGDStep
@@ -75,7 +76,7 @@ def both(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(both, (str(folder),), nprocs=2)
+    mp.start_processes(both, (str(folder),), nprocs=2, start_method=warm.METHOD)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from capo_rl.runs.records import read_metrics
 
 QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
@@ -21,11 +22,11 @@ SHORT = ["--max_steps", "8", "--dataset_limit", "64", "--save_steps", "2"]
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "capo_rl.cli", "train", QUICKSTART, "--output_dir", str(folder), *SHORT, *options]
+    return ["-m", "capo_rl.cli", "train", QUICKSTART, "--output_dir", str(folder), *SHORT, *options]
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *options), capture_output=True, text=True)
+    return warm.run(command(folder, *options))
 
 
 def weights(folder: Path) -> str:
@@ -60,13 +61,13 @@ def test_a_run_leaves_its_records(whole):
 def test_a_killed_run_ends_as_if_nothing_had_happened(whole, tmp_path, after):
     """Killed after a step with a checkpoint and after one without."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = warm.Process(command(folder))
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= after):
         assert process.poll() is None, "the run was over before it could be killed"
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert not (folder / "summary.json").exists()
     done = run(folder)
     assert done.returncode == 0, done.stderr
