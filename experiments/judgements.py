@@ -72,7 +72,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row))
     (folder / "tables").mkdir(exist_ok=True)
-    write_json(folder / "tables" / "surprises.json", rows)
+    write_json(folder / "tables" / "surprises.json", {"arms": rows})
 
 
 if __name__ == "__main__":

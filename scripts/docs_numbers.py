@@ -362,7 +362,7 @@ def judgements() -> str:
             f"× {row['98 % quantile']:.0f}",
             f"{row['above 2 B']:.2%}",
         ]
-        for row in read("judgements/tables/surprises.json")
+        for row in read("judgements/tables/surprises.json")["arms"]
     ]
     columns = ["accuracy, seeds 1 to 3", "mean", "log surprise, s.d.", "98 % quantile", "above 2 B"]
     return markdown(["judgement of the step", *columns], rows)
