@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from capo_rl.curvature.shifts import token_shifts as token_shifts
     from capo_rl.curvature.step import AdamStep as AdamStep
     from capo_rl.curvature.step import SGDStep as SGDStep
-    from capo_rl.planning.planner import MicroBatch as MicroBatch
+    from capo_rl.planning.micro_batch import MicroBatch as MicroBatch
     from capo_rl.planning.planner import Planner as Planner
     from capo_rl.planning.trust_region import TrustRegion as TrustRegion
     from capo_rl.rewards.accuracy import accuracy_reward as accuracy_reward
@@ -41,7 +41,7 @@ _HOMES = {
     "subset_shifts": "curvature.shifts",
     "Thresholds": "curvature.selection",
     "select": "curvature.selection",
-    "MicroBatch": "planning.planner",
+    "MicroBatch": "planning.micro_batch",
     "Planner": "planning.planner",
     "TrustRegion": "planning.trust_region",
     "AdaptThresholds": "thresholds.adapt",

@@ -57,7 +57,8 @@ from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import choose, fit_of_optimizer
-from capo_rl.planning.planner import MicroBatch, Planner
+from capo_rl.planning.micro_batch import MicroBatch, check_hooked
+from capo_rl.planning.planner import Planner
 from capo_rl.planning.rerun import drew, random_numbers, random_state, reshard, sampled_rows
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion, check_recomputable
@@ -96,9 +97,6 @@ _NOT_HERE = {
     "tokens_every": "only TRL's adapter records tokens",
     "watch": "shifts are predicted in every mode but `off`",
 }
-
-# As in `trl`: mean |difference| of log π(a) between the head's own output and what the loss reads.
-_LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 
 
 @dataclass
@@ -265,9 +263,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
             clip = min(1.0, self.optimizer_config.clip_grad / (norm + 1e-6))
             # FSDP takes the mean of the processes' gradients, and verl's losses have a factor to match.
             figures = planner.commit(clip / planner.processes.count)
-            if region is not None and planner.share is not None:
-                share = planner.share.value
-                figures["capo/kl/predicted"] *= share**2  # of the step as it will be taken
+            if region is not None:
+                share = planner.shared(figures)
             informative = not bounded or planner.has_gradient
             if bounded and not self._noise_known:
                 assert region is not None
@@ -285,8 +282,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
             figures |= self._measured_step(informative)
         else:
             super().optimizer_step()  # which leaves it out
-        figures["capo/steps_skipped"] = float(planner.steps_skipped)
-        figures["capo/steps_skipped/nonfinite"] = float(planner.steps_nonfinite)
+        figures |= planner.counts()
         if planner.processes.count > 1:
             figures["capo/bytes"] = float(planner.processes.take_bytes())
         self._figures = figures | {"capo/seconds": planner.clear()}
@@ -318,9 +314,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if region is not None:
             update = region.after_step(self._measure_kl, informative)
             if update is not None:
-                figures["capo/kl/measured"] = update.measured
-                figures["capo/kl/proposed"] = update.proposed
-                figures["capo/kl/fraction"] = update.fraction
+                figures |= update.figures()
         if not bounded and self._due() and self._measurable():
             figures["capo/kl/measured"] = self._measure_kl()
         if self._tokens is not None:
@@ -395,7 +389,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
         log_probs = model_output.get("log_probs")
         if log_probs is None:
             raise RuntimeError("this loss has no log-probabilities for CAPO to watch: set actor.capo.mode=off")
-        self._check_log_probs(planned, log_probs.values().detach()[rows[mask]])
+        read = log_probs.values().detach()[rows[mask]]
+        half = planned.layer.hidden.dtype.itemsize < 4 or read.dtype.itemsize < 4
+        check_hooked(planned.layer, read, half, "the output head gives", "the head and the loss")
         model_output["log_probs"] = self._watch(planned, log_probs, rows[mask])
         self._planned = planned
         return model_output
@@ -476,16 +472,6 @@ class CAPOEngine(FSDPEngineWithLMHead):
         else:
             some = tensordict_utils.index_select_tensor_dict(micro_batch, rows)
             self._again.append(_Again(some, sample, None, None))
-
-    def _check_log_probs(self, planned: MicroBatch, log_probs: Tensor) -> None:
-        error = (planned.layer.log_pi_a - log_probs).abs()
-        error = error[error.isfinite()]
-        half = planned.layer.hidden.dtype.itemsize < 4 or log_probs.dtype.itemsize < 4
-        if len(error) and error.mean() > (_LOGP_TOLERANCE_HALF if half else _LOGP_TOLERANCE):
-            raise RuntimeError(
-                f"the output head gives log-probabilities that differ from the loss's by {error.mean():.3g} nats on "
-                "average: something lies between the head and the loss that CAPO does not model"
-            )
 
     @contextmanager
     def _watched_head(self) -> Iterator[None]:

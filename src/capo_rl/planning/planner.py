@@ -7,35 +7,25 @@ put on each token (`MicroBatch.watch`), then the clipping factor (`commit`), and
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
-from capo_rl.curvature.last_layer import (
-    LastLayer,
-    SupportRows,
-    check_tokens,
-    last_layer,
-    logit_chunks,
-    row_gradient,
-    support_rows,
-)
+from capo_rl.curvature.last_layer import LastLayer, check_tokens, last_layer, logit_chunks, row_gradient, support_rows
 from capo_rl.curvature.processes import Processes
-from capo_rl.curvature.selection import Thresholds, accepted_mean, penalised, select, soft_weights, translated
-from capo_rl.curvature.shifts import Shifts, shifts_along, subset_direction, subset_shifts_of, token_shifts_of
+from capo_rl.curvature.selection import Thresholds, penalised, select, soft_weights, translated
+from capo_rl.curvature.shifts import Shifts, subset_shifts_of, token_shifts_of
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import fit_of_optimizer, group_of
+from capo_rl.planning.micro_batch import MicroBatch, joined
 from capo_rl.planning.share import Share, squared_norms
-from capo_rl.planning.telemetry import describe as shift_figures
-from capo_rl.planning.telemetry import missing_mass, rejections
+from capo_rl.planning.step_figures import Everyone, batch_figures, token_figures, verdict_figures
 from capo_rl.planning.trust_region import TrustRegion
-from capo_rl.planning.updates import Moved, Updates, check_log_pi, check_mask, marked
+from capo_rl.planning.updates import Moved, Updates
 
 logger = logging.getLogger(__name__)
 
@@ -45,75 +35,6 @@ Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
 
 # What is counted from the start of a run.
 _COUNTERS = ("accepted_tokens", "steps_skipped", "steps_nonfinite")
-
-
-@dataclass
-class MicroBatch:
-    """The n tokens of one forward pass, with their verdicts.
-
-    `used` [n] are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
-    of them, and zero elsewhere. `masked` lays them out for a loss.
-    `weights` [n] is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
-    and the share of the micro-batch in the step are all in it. `whole` [n] is the same with nothing rejected, where
-    that differs: every token has its own advantage, under the denominators of all tokens. `sample` [n] marks those on
-    which the update will be measured, where it is known already.
-    """
-
-    layer: LastLayer
-    advantages: Tensor
-    shifts: Shifts
-    keep: Tensor
-    used: Tensor
-    weights: Tensor | None = None
-    whole: Tensor | None = None
-    sample: Tensor | None = None
-    processes: Processes = field(default_factory=Processes)
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return len(self.keep)
-
-    def masked(self, advantages: Tensor, mask: Tensor, loss_type: str, loss_scale: float = 1.0) -> Tensor:
-        """The advantages [B, T] for a loss to read in place of its own: zero for a rejected token, and the others
-        multiplied so that the loss's mean over all tokens becomes that over the accepted ones.
-
-        mask [B, T] marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
-        takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by `loss_scale`.
-        """
-        check_mask(mask, self.tokens)
-        keep = marked(mask, self.keep)
-        advantages = advantages.clone()
-        advantages[mask] = self.used
-        written = advantages * accepted_mean(loss_type, mask, keep, self.processes)
-
-        def watch(gradient: Tensor) -> None:
-            own = self.advantages.where(~self.shifts.nonfinite, 0)
-            self.whole = -own * gradient[mask] / loss_scale
-
-        # A loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
-        written.requires_grad_().register_hook(watch)
-        return written
-
-    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
-        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass; `mask` marks the tokens.
-
-        It has to be the tensor that the loss is made of, and the loss still to be made. `loss_scale` is what it is
-        multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
-        log-probabilities without a gradient, or others than the planner makes of the hidden states.
-        """
-        check_mask(mask, self.tokens)
-        check_log_pi(self.layer, log_pi, mask)
-
-        def watch(gradient: Tensor) -> None:
-            self.weights = -gradient[mask] / loss_scale
-
-        log_pi.register_hook(watch)
-
-    @cached_property
-    def rows(self) -> SupportRows:
-        """The vocabulary rows of its tokens: one sort for all gradients over them."""
-        return support_rows(self.layer)
 
 
 class Planner(Updates):
@@ -305,7 +226,7 @@ class Planner(Updates):
         micro-batch's weights, and where there is no step to commit; `ValueError` for weights of another shape.
         """
         self._check_commit()
-        batch = self._whole_step()
+        batch = joined(self.micro_batches)
         assert batch is not None and batch.weights is not None
         self._over = True
         with self._timed(batch.weights.device):
@@ -328,12 +249,20 @@ class Planner(Updates):
         figures["capo/accepted_tokens"] = float(self.accepted_tokens)
         return figures
 
+    def shared(self, figures: dict[str, float]) -> float:
+        """The share ρ of the step just committed, by which the loop will multiply it; 1 where none is kept. The KL
+        predicted in the step's `figures` becomes that of the step as it will be taken."""
+        share = 1.0 if self.share is None else self.share.value
+        if "capo/kl/predicted" in figures:
+            figures["capo/kl/predicted"] *= share**2
+        return share
+
     @torch.no_grad()
     def skip(self, describe: bool = True, nonfinite: bool = False) -> dict[str, float]:
         """The step is left out, since every token was rejected or its gradient is `nonfinite`: count it, leave the
         moments, return the figures."""
         self._count_skipped(nonfinite)
-        batch = self._whole_step()
+        batch = joined(self.micro_batches)
         figures: dict[str, float] = {}
         if batch is not None:
             with self._timed(batch.keep.device):
@@ -386,91 +315,15 @@ class Planner(Updates):
                 "optimizer.step(), or planner.skip() and leave the step out (planner.clear() where it was only a look)"
             )
 
-    def _whole_step(self) -> MicroBatch | None:
-        """The micro-batches as one, or None before the first."""
-        batches = self.micro_batches
-        if len(batches) < 2:
-            return replace(batches[0]) if batches else None  # what it keeps for the step is gone with it
-        return MicroBatch(
-            LastLayer.cat([batch.layer for batch in batches]),
-            torch.cat([batch.advantages for batch in batches]),
-            Shifts.cat([batch.shifts for batch in batches]),
-            torch.cat([batch.keep for batch in batches]),
-            torch.cat([batch.used for batch in batches]),
-            _cat([batch.weights for batch in batches]),
-            _cat([batch.whole for batch in batches]),
-        )
-
     def _figures(self, batch: MicroBatch, weights: Tensor | None, describe: bool) -> dict[str, float]:
         """What was rejected, over the tokens of all processes; and if asked, their shifts before and after."""
-        shifts, keep, advantages, used = _everyones(batch, self.processes)
-        finite = ~shifts.nonfinite
-        figures = rejections(keep, advantages) | missing_mass(shifts.missing_mass, self.max_missing_mass)
-        figures["capo/nonfinite_shifts"] = float((~finite).sum())
-        if self.soft or self.penalty is not None:
-            figures["capo/weight"] = _mean_weight(advantages, used)
+        everyone = Everyone.of(batch, self.processes)
+        weighed = self.soft or self.penalty is not None
+        figures = verdict_figures(everyone, self.max_missing_mass, weighed)
         if describe:
-            figures |= shift_figures("capo/token", shifts) | shift_figures("capo/token_accepted", shifts[keep])
-            figures |= self._step_figures(batch, weights, len(keep), int(keep.sum()), int(finite.sum()))
+            figures |= token_figures(everyone)
+            figures |= batch_figures(batch, weights, everyone, self.step, self.fisher, weighed, self.processes)
         if weights is not None:  # else the step is left out
-            self.accepted_tokens += int(keep.sum())
-        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0), len(keep))
+            self.accepted_tokens += int(everyone.keep.sum())
+        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0), len(everyone.keep))
         return figures
-
-    def _step_figures(
-        self, batch: MicroBatch, weights: Tensor | None, tokens: int, accepted: int, finite: int
-    ) -> dict[str, float]:
-        """The shifts of three steps, planned in one pass: all tokens' mean gradient (Eq. 7), that of the accepted ones,
-        and the loss's own. Counts are of all processes; a token whose shifts are not finite takes no part.
-        """
-        layer, advantages, keep, used = batch.layer, batch.advantages, batch.keep, batch.used
-        if finite < tokens:  # a weight of zero would not silence a NaN
-            some = ~batch.shifts.nonfinite
-            layer, advantages, keep, used = layer[some], advantages[some], keep[some], used[some]
-            weights = None if weights is None else weights[some]
-        gradients = [advantages / max(1, finite)]
-        altered = accepted < finite or self.soft or self.penalty is not None
-        if altered:
-            gradients.append(used / max(1, accepted))
-        if weights is not None:
-            gradients.append(weights)
-        stacked = torch.stack([gradient.to(layer.u.dtype) for gradient in gradients])
-        rows = batch.rows if layer is batch.layer else support_rows(layer)
-        v = subset_direction(layer, stacked, self.step, rows.over(self.processes))
-        everyone = shifts_along(v[0], layer, advantages, self.fisher)
-        chosen = shifts_along(v[1], layer, advantages, self.fisher)[keep] if altered else everyone
-        means = {
-            "capo/batch/m_h": (everyone.m_h, finite),
-            "capo/batch/m_f": (everyone.m_f, finite),
-            "capo/batch_accepted/m_h": (chosen.m_h, accepted),
-            "capo/batch_accepted/m_f": (chosen.m_f, accepted),
-        }
-        if weights is not None:
-            means["capo/kl/predicted"] = (0.5 * shifts_along(v[-1], layer, advantages).c, finite)
-        sums = self.processes.total(torch.stack([values.double().sum() for values, _ in means.values()])).tolist()
-        return {
-            name: total / count if count else math.nan
-            for (name, (_, count)), total in zip(means.items(), sums, strict=True)
-        }
-
-
-def _cat(parts: list[Tensor | None]) -> Tensor | None:
-    """The parts after one another, or None if one is missing."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
-
-
-def _everyones(batch: MicroBatch, processes: Processes) -> tuple[Shifts, Tensor, Tensor, Tensor]:
-    """The shifts, verdicts, advantages and used advantages of the tokens of all processes."""
-    if processes.count == 1:
-        return batch.shifts, batch.keep, batch.advantages, batch.used
-    columns = [getattr(batch.shifts, field.name) for field in fields(Shifts)]
-    columns += [each.to(columns[0].dtype) for each in (batch.keep, batch.advantages, batch.used)]
-    *shifts, keep, advantages, used = processes.gather(torch.stack(columns, dim=1)).unbind(1)
-    return Shifts(*shifts), keep.bool(), advantages, used
-
-
-def _mean_weight(advantages: Tensor, used: Tensor) -> float:
-    """What is left of the advantages on average, over tokens that have one."""
-    some = (advantages != 0) & advantages.isfinite()
-    return float((used[some] / advantages[some]).mean()) if some.any() else math.nan

@@ -52,6 +52,10 @@ class Shortened:
     measured: float
     fraction: float
 
+    def figures(self) -> dict[str, float]:
+        """These three, as they are logged."""
+        return {f"capo/kl/{name}": value for name, value in vars(self).items()}
+
 
 def shorten(take: Callable[[float], None], measure: Measure, budget: float, tries: int = 8) -> Shortened:
     """Take back part of a step until `measure()` is at most `budget`.

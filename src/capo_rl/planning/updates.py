@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +16,10 @@ from capo_rl.curvature.head import Head
 from capo_rl.curvature.last_layer import LastLayer, log_pi_of
 from capo_rl.curvature.processes import Processes
 from capo_rl.planning.divergence import measured_kl
+from capo_rl.planning.micro_batch import Seen
 from capo_rl.planning.telemetry import missing_mass, synchronise
 
 logger = logging.getLogger(__name__)
-
-# Mean |difference| of log π(a) between what hidden states and head give and the loss's that is no rounding, not even of
-# half precision.
-_LOGP_TOLERANCE = 0.1
 
 
 class Moved(NamedTuple):
@@ -33,68 +29,6 @@ class Moved(NamedTuple):
     mean: float
     kl: Tensor
     m_f: Tensor | None = None
-
-
-@dataclass
-class Seen:
-    """The n tokens of one forward pass, and the last layer at those of them that `sample` [n] marks, where the update
-    will be measured. `weights` [n] is as in `MicroBatch`."""
-
-    layer: LastLayer
-    sample: Tensor
-    weights: Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """How many there are."""
-        return len(self.sample)
-
-    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
-        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass, as `MicroBatch.watch`."""
-        check_mask(mask, self.tokens)
-        check_log_pi(self.layer, log_pi, marked(mask, self.sample))
-
-        def watch(gradient: Tensor) -> None:
-            self.weights = -gradient[mask] / loss_scale
-
-        log_pi.register_hook(watch)
-
-
-def marked(mask: Tensor, some: Tensor) -> Tensor:
-    """The mask [B, T] of some of the tokens that `mask` marks.
-
-    >>> marked(torch.tensor([[True, False], [True, True]]), torch.tensor([True, False, True]))
-    tensor([[ True, False],
-            [False,  True]])
-    """
-    of = mask.clone()
-    of[mask] = some
-    return of
-
-
-def check_mask(mask: Tensor, tokens: int) -> None:
-    """Raises `ValueError` for a mask that is not of so many tokens."""
-    if mask.dtype != torch.bool or int(mask.sum()) != tokens:
-        raise ValueError(
-            f"mask marks {int(mask.sum())} tokens ({mask.dtype}) and {tokens} were planned: give the boolean mask by "
-            "which they were chosen"
-        )
-
-
-def check_log_pi(layer: LastLayer, log_pi: Tensor, mask: Tensor) -> None:
-    """Raises `ValueError` for log-probabilities without a gradient, and for others than the layer's own."""
-    if not log_pi.requires_grad:
-        raise ValueError(
-            "log_pi takes no gradient, so the tokens' weights can't be read off it: give the log-probabilities "
-            "that the loss is made of, with their graph"
-        )
-    error = (layer.log_pi_a - log_pi.detach()[mask]).abs()
-    error = error[error.isfinite()]
-    if len(error) and error.mean() > _LOGP_TOLERANCE:
-        raise ValueError(
-            f"log_pi differs by {error.mean():.3g} nats on average from what hidden states and head give: both "
-            "have to be of the same tokens (the state before each), at the same temperature, with nothing between"
-        )
 
 
 class Updates:
@@ -179,6 +113,13 @@ class Updates:
         """How far the step just taken moved the policy at the sampled tokens, whose hidden states after it are
         `hidden(i)` [m, d] in micro-batch i; `head` is the head after it. Raises `RuntimeError` before `commit`."""
         return self._moved([batch.layer for batch in self.micro_batches], hidden, head)
+
+    def counts(self) -> dict[str, float]:
+        """How many steps of the run were left out, as it is logged."""
+        return {
+            "capo/steps_skipped": float(self.steps_skipped),
+            "capo/steps_skipped/nonfinite": float(self.steps_nonfinite),
+        }
 
     def clear(self) -> float:
         """Forget the micro-batches of a step that is over, or broken off; returns the seconds spent on it."""

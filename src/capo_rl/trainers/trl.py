@@ -35,10 +35,11 @@ from capo_rl.curvature.last_layer import LastLayer
 from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import DECIDING, Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
+from capo_rl.planning.micro_batch import check_hooked, marked
 from capo_rl.planning.planner import Planner
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion, check_recomputable, way_back
-from capo_rl.planning.updates import Moved, Updates, marked
+from capo_rl.planning.updates import Moved, Updates
 from capo_rl.rewards.guarded import Guarded, guarded
 from capo_rl.runs.model_card import model_card
 from capo_rl.runs.models import check_head
@@ -56,9 +57,6 @@ logger = logging.getLogger(__name__)
 _RECOMPUTED = ("adamw_torch", "adamw_torch_fused")
 # Figures that count from the start of the run.
 _TOTALS = {"capo/steps_skipped", "capo/steps_skipped/nonfinite", "capo/completions", "capo/accepted_tokens"}
-# Mean |difference| of log π(a) between the hooked hidden states and the loss's own, above which they are not the same
-# thing: in single precision, and where half precision may round the two projections differently.
-_LOGP_TOLERANCE, _LOGP_TOLERANCE_HALF = 1e-3, 0.1
 # How much of a token's gradient may, by rounding, not be that of its own advantage.
 _OWN_ADVANTAGE = 0.05
 # Batches one after another without any reward that end the run.
@@ -384,14 +382,8 @@ class CAPOTrainer(GRPOTrainer):
             )
 
     def _check_log_probs(self, layer: LastLayer, logps: Tensor, dtype: torch.dtype) -> None:
-        error = (layer.log_pi_a - logps).abs()
-        error = error[error.isfinite()]
         half = dtype.itemsize < 4 or self.accelerator.mixed_precision != "no"
-        if len(error) and error.mean() > (_LOGP_TOLERANCE_HALF if half else _LOGP_TOLERANCE):
-            raise RuntimeError(
-                f"the hooked hidden states give log-probabilities that differ from the loss's by {error.mean():.3g} "
-                "nats on average: something lies between the backbone and the head that CAPO does not model"
-            )
+        check_hooked(layer, logps, half, "the hooked hidden states give", "the backbone and the head")
 
     # ---- hidden states and logits ---------------------------------------------------------------------------------
 
@@ -516,10 +508,8 @@ class CAPOTrainer(GRPOTrainer):
         else:
             # Gradients are averaged over processes after the weights were read off.
             figures = updates.commit(self._clip(finite) / self.accelerator.num_processes, self._coming.to_log)
-            if planner is not None and planner.share is not None and changes:
-                share = planner.share.value
-                if "capo/kl/predicted" in figures:  # of the step as it will be taken
-                    figures["capo/kl/predicted"] *= share**2
+            if planner is not None and changes:
+                share = planner.shared(figures)
             # asked only where a control learns from it: it costs a reduction over processes
             self._coming.informative = self._budget is None or updates.has_gradient
         if self._region is not None:
@@ -529,10 +519,7 @@ class CAPOTrainer(GRPOTrainer):
                     figures["capo/kl/noise"] = self._region.check_noise(lambda: self._measure_kl().mean)
                 self._coming.scale = self._region.before_step(share)
             figures["capo/learning_rate"] = self._region.lr()
-        figures["capo/steps_skipped"] = float(updates.steps_skipped)
-        figures["capo/steps_skipped/nonfinite"] = float(updates.steps_nonfinite)
-        figures["capo/completions"] = float(self._completions)
-        self._record(figures)
+        self._record(figures | updates.counts() | {"capo/completions": float(self._completions)})
 
     def _after_optimizer(self) -> None:
         """Give the learning rate back before the scheduler looks at it."""
@@ -594,9 +581,7 @@ class CAPOTrainer(GRPOTrainer):
             assert self._region is not None
             update = self._region.after_step(measure_kl, self._coming.informative)
             assert update is not None
-            figures["capo/kl/measured"] = update.measured
-            figures["capo/kl/proposed"] = update.proposed
-            figures["capo/kl/fraction"] = update.fraction
+            figures |= update.figures()
         elif self._coming.to_measure:
             figures["capo/kl/measured"] = measure_kl()
         if moved is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from capo_rl.curvature.step import AdamStep
-from capo_rl.planning.planner import MicroBatch
+from capo_rl.planning.micro_batch import MicroBatch
 from capo_rl.runs.progress import Progress
 from capo_rl.settings.recipe import Recipe
 from capo_rl.thresholds.choice import FEWEST, Array, CalibrationError, Step

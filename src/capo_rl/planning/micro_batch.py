@@ -1,0 +1,185 @@
+"""The tokens of one forward pass: their verdicts, and the weights they have in its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from capo_rl.curvature.last_layer import LastLayer, SupportRows, support_rows
+from capo_rl.curvature.processes import Processes
+from capo_rl.curvature.selection import accepted_mean
+from capo_rl.curvature.shifts import Shifts
+
+# Mean |difference| of log π(a) between what hidden states and head give and the loss's own, above which they are not
+# the same thing: in single precision, and where half precision may round the two projections differently.
+_TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.1
+
+
+@dataclass
+class Seen:
+    """The n tokens of one forward pass, and the last layer at those of them that `sample` [n] marks, where the update
+    will be measured. `weights` [n] is as in `MicroBatch`."""
+
+    layer: LastLayer
+    sample: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.sample)
+
+    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
+        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass, as `MicroBatch.watch`."""
+        check_mask(mask, self.tokens)
+        _watch(self, log_pi, mask, marked(mask, self.sample), loss_scale)
+
+
+@dataclass
+class MicroBatch:
+    """The n tokens of one forward pass, with their verdicts.
+
+    `used` [n] are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
+    of them, and zero elsewhere. `masked` lays them out for a loss.
+    `weights` [n] is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
+    and the share of the micro-batch in the step are all in it. `whole` [n] is the same with nothing rejected, where
+    that differs: every token has its own advantage, under the denominators of all tokens. `sample` [n] marks those on
+    which the update will be measured, where it is known already.
+    """
+
+    layer: LastLayer
+    advantages: Tensor
+    shifts: Shifts
+    keep: Tensor
+    used: Tensor
+    weights: Tensor | None = None
+    whole: Tensor | None = None
+    sample: Tensor | None = None
+    processes: Processes = field(default_factory=Processes)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return len(self.keep)
+
+    def masked(self, advantages: Tensor, mask: Tensor, loss_type: str, loss_scale: float = 1.0) -> Tensor:
+        """The advantages [B, T] for a loss to read in place of its own: zero for a rejected token, and the others
+        multiplied so that the loss's mean over all tokens becomes that over the accepted ones.
+
+        mask [B, T] marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
+        takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by `loss_scale`.
+        """
+        check_mask(mask, self.tokens)
+        keep = marked(mask, self.keep)
+        advantages = advantages.clone()
+        advantages[mask] = self.used
+        written = advantages * accepted_mean(loss_type, mask, keep, self.processes)
+
+        def watch(gradient: Tensor) -> None:
+            own = self.advantages.where(~self.shifts.nonfinite, 0)
+            self.whole = -own * gradient[mask] / loss_scale
+
+        # A loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
+        written.requires_grad_().register_hook(watch)
+        return written
+
+    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
+        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass; `mask` marks the tokens.
+
+        It has to be the tensor that the loss is made of, and the loss still to be made. `loss_scale` is what it is
+        multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
+        log-probabilities without a gradient, or others than the planner makes of the hidden states.
+        """
+        check_mask(mask, self.tokens)
+        _watch(self, log_pi, mask, mask, loss_scale)
+
+    @cached_property
+    def rows(self) -> SupportRows:
+        """The vocabulary rows of its tokens: one sort for all gradients over them."""
+        return support_rows(self.layer)
+
+
+def joined(batches: list[MicroBatch]) -> MicroBatch | None:
+    """The micro-batches of a step as one, or None where there is none."""
+    if len(batches) < 2:
+        return replace(batches[0]) if batches else None  # what it keeps for the step is gone with it
+    return MicroBatch(
+        LastLayer.cat([batch.layer for batch in batches]),
+        torch.cat([batch.advantages for batch in batches]),
+        Shifts.cat([batch.shifts for batch in batches]),
+        torch.cat([batch.keep for batch in batches]),
+        torch.cat([batch.used for batch in batches]),
+        _cat([batch.weights for batch in batches]),
+        _cat([batch.whole for batch in batches]),
+    )
+
+
+def marked(mask: Tensor, some: Tensor) -> Tensor:
+    """The mask [B, T] of some of the tokens that `mask` marks.
+
+    >>> marked(torch.tensor([[True, False], [True, True]]), torch.tensor([True, False, True]))
+    tensor([[ True, False],
+            [False,  True]])
+    """
+    of = mask.clone()
+    of[mask] = some
+    return of
+
+
+def check_mask(mask: Tensor, tokens: int) -> None:
+    """Raises `ValueError` for a mask that is not of so many tokens."""
+    if mask.dtype != torch.bool or int(mask.sum()) != tokens:
+        raise ValueError(
+            f"mask marks {int(mask.sum())} tokens ({mask.dtype}) and {tokens} were planned: give the boolean mask by "
+            "which they were chosen"
+        )
+
+
+def check_hooked(layer: LastLayer, log_pi: Tensor, half: bool, seen: str, between: str) -> None:
+    """Raises `RuntimeError` where the loss's log π(a) [n] are not those of what a trainer's hooks have seen: `seen`
+    says what that is, and `between` where something else may lie."""
+    error = _difference(layer, log_pi)
+    if error > (_TOLERANCE_HALF if half else _TOLERANCE):
+        raise RuntimeError(
+            f"{seen} log-probabilities that differ from the loss's by {error:.3g} nats on average: something lies "
+            f"between {between} that CAPO does not model"
+        )
+
+
+def _watch(batch: Seen | MicroBatch, log_pi: Tensor, mask: Tensor, seen: Tensor, loss_scale: float) -> None:
+    """Have the backward pass tell the weights of the tokens that `mask` [B, T] marks; `seen` marks the layer's.
+
+    Raises `ValueError` for log-probabilities without a gradient, and for others than the layer's own.
+    """
+    if not log_pi.requires_grad:
+        raise ValueError(
+            "log_pi takes no gradient, so the tokens' weights can't be read off it: give the log-probabilities "
+            "that the loss is made of, with their graph"
+        )
+    error = _difference(batch.layer, log_pi.detach()[seen])
+    if error > _TOLERANCE_HALF:  # in a loop of one's own, whose precision is not known
+        raise ValueError(
+            f"log_pi differs by {error:.3g} nats on average from what hidden states and head give: both "
+            "have to be of the same tokens (the state before each), at the same temperature, with nothing between"
+        )
+
+    def watch(gradient: Tensor) -> None:
+        batch.weights = -gradient[mask] / loss_scale
+
+    log_pi.register_hook(watch)
+
+
+def _difference(layer: LastLayer, log_pi: Tensor) -> float:
+    """The mean |difference| of log π(a) between the layer's own and others [n], of those that are finite."""
+    error = (layer.log_pi_a - log_pi).abs()
+    error = error[error.isfinite()]
+    return float(error.mean()) if len(error) else 0.0
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts after one another, or None if one is missing."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if len(there) == len(parts) else None
