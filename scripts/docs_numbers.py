@@ -278,8 +278,9 @@ _METHODS = same("arm", "seeds") | {ACCURACY: "accuracy"} | same("TEST", "collaps
 
 
 def paper_sizes() -> str:
-    names = ("GRPO standard", "default", "shorten", "CAPO with the share", "CAPO", "GRPO (A)", "Dr.GRPO (A)")
-    names += ("REINFORCE (A)", "GRPO, lr 5e-4", "GRPO, lr 7e-4")
+    names = ("GRPO standard", "default", "shorten", "CAPO with the share", "Dr.CAPO with the share")
+    names += ("ReinCAPO with the share", "CAPO", "Dr.CAPO", "ReinCAPO", "GRPO (A)", "Dr.GRPO (A)", "REINFORCE (A)")
+    names += ("GRPO, lr 5e-4", "GRPO, lr 7e-4")
     return part("paper_sizes", "methods", _METHODS | same("fewer than GRPO standard", "out of bounds"), same(*names))
 
 
