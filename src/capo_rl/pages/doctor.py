@@ -96,7 +96,7 @@ def diagnose(log: Log) -> Diagnosis:
     at = collapsed(curve)
     death = None if at is None else rewards[at][0]
     top = max(range(_FULL - 1, len(curve)), key=lambda i: smoothed[i])
-    ends = f"it starts at {fmean(curve[:_FULL]):.3g}, is best at {smoothed[top]:.3g} (step {rewards[top][0]})"
+    ends = f"it starts at {smoothed[_FULL - 1]:.3g}, is best at {smoothed[top]:.3g} (step {rewards[top][0]})"
     ends += f" and ends at {smoothed[-1]:.3g}"
     last = f"{len(curve):,} logged steps, the last is {rewards[-1][0]}"
     if death is None:
