@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_tokens import some_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +18,6 @@ from capo_rl.cli import main
 from capo_rl.pages.explain import ExplainError, token_texts, write_explanation
 from capo_rl.runs.tokens import StepTokens, write_step
 from chromium import browser, needs_browser
-from test_tokens import some_tokens
 
 SCRIPT = "<script>document.title='owned'</script>"
 WORDS = [

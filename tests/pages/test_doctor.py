@@ -21,9 +21,9 @@ from capo_rl.pages.environment import environment
 from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.planning.defaults import KL_BUDGET
 from capo_rl.statistics import collapsed
-from conftest import SETTINGS
+from conftest import ROOT, SETTINGS
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "results"
 DEAD = RESULTS / "range" / "grpo-lr-1e-3" / "11.json"
 ALIVE = RESULTS / "range" / "default-lr-1e-2" / "11.json"
 
@@ -90,7 +90,7 @@ def test_the_rule_speaks_as_often_as_the_docs_say():
                 spoke[figure.title, at is not None] += 1
         if at is not None:
             first[min(steps, key=steps.get) if steps else None] += 1
-    docs = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
     assert f"{dead} runs that collapsed and {alive} that did not" in docs
     for figure in FIGURES:
         if figure.title != "completion length":  # which benches do not keep
@@ -191,7 +191,7 @@ def test_our_own_runs_are_read_with_their_settings(build, tmp_path):
 
 
 def test_the_eight_curves_of_the_docs_are_logged_and_the_filter_finds_them_alone(build):
-    docs = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
     named = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
     (pattern,) = re.findall(r"^    (\^.*\$)$", section, re.MULTILINE)
