@@ -3,8 +3,8 @@
     python benchmarks/step.py recipes/quickstart.yaml [--steps 60] [--rounds 4] [--set logging_steps=10 ...]
 
 Thresholds are open and the default's budget is out of reach, so all make the same updates on the same completions
-(bit for bit, tests/test_trl.py): what differs is the work. Each trainer is a process of its own and only one of them
-moves at a time, a few steps each and in an order drawn anew each time, so that what else the machine does hits all
+(bit for bit, tests/trainers/test_trl.py): what differs is the work. Each trainer is a process of its own and one at a
+time moves, a few steps each and in an order drawn anew each time, so that what else the machine does hits all
 alike. Where a trainer's tensors happen to lie makes it one or two in a hundred faster or slower for good, so each round
 makes them all anew, in another order. Prints what all steps together, logging included, took over what TRL's did, by
 the clock and in processor time, with the least and the most of a round, and writes results/step/NAME.json.

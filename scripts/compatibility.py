@@ -26,7 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "compatibility"
-TESTS = [f"tests/test_{name}.py" for name in ("trl", "resume", "trust_region", "distributed", "train", "models")]
+TESTS = [
+    *(f"tests/trainers/test_{name}.py" for name in ("trl", "resume", "distributed", "train")),
+    *("tests/planning/test_trust_region.py", "tests/runs/test_models.py"),
+]
 ROWS: dict[str, dict[str, str]] = {
     "trl-1.16": {"trl": "1.16.0"},
     # TRL 1.15 scores tokens in a Triton kernel and has no other way, so here it runs in Triton's interpreter, and that

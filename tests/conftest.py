@@ -37,6 +37,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+ROOT = Path(__file__).parents[1]  # of the repository
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
 
 

@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,9 +32,9 @@ class Process:
     """`python COMMAND`, of a module (`-m`, NAME, ...) or a script; what it has of `subprocess.Popen` is the same."""
 
     def __init__(self, command: list[str], cwd: Path | None = None, env: Mapping[str, str] = os.environ) -> None:
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = tempfile.mkdtemp()
         self._said: list[str] = []
-        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        self._outputs = [Path(self._folder, name) for name in ("stdout", "stderr")]
         self._process = CONTEXT.Process(target=_become, args=(command, cwd or Path.cwd(), dict(env), self._outputs))
         self._process.start()
         assert self._process.pid is not None
@@ -58,7 +59,7 @@ class Process:
             raise subprocess.TimeoutExpired("a warm process", timeout or 0.0)
         if not self._said:
             self._said = [path.read_text() if path.exists() else "" for path in self._outputs]
-            self._folder.cleanup()
+            shutil.rmtree(self._folder)
         out, err = self._said
         return out, err
 

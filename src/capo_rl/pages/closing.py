@@ -11,7 +11,7 @@ from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.settings.packaged import packaged
 from capo_rl.settings.recipe import Recipe, read_recipe, settings
 
-# The quickstart's learning rate and batch, from the committed results (tests/test_closing.py computes it again).
+# The quickstart's learning rate and batch, from the committed results (tests/pages/test_closing.py computes it again).
 GRPO_THERE = "4 of 5 runs collapse, at steps 32 to 51 (the repository's results/main/grpo-a)"
 
 _MAY_DIFFER = {"output_dir", "run_name", "seed", "capo_watch"}  # none of which moves a weight but the seed

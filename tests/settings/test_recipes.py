@@ -15,8 +15,9 @@ from capo_rl.settings.config import CAPOConfig
 from capo_rl.settings.recipe import RecipeError, read_recipe, settings
 from capo_rl.settings.recipe_file import first_look
 from capo_rl.settings.train_help import GROUPS, train_help
+from conftest import ROOT
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = ROOT / "recipes"
 PAPER = RECIPES / "qwen2.5_math_7b"
 QUICKSTART = str(RECIPES / "quickstart.yaml")
 # No GPU where this is tested: bf16 and vLLM are asked for by the recipe and refused by the machine, not by the config.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from capo_rl import AdamStep, SGDStep, Thresholds
 from capo_rl.curvature.last_layer import last_layer, support_rows
+from capo_rl.planning import micro_batch, step_figures
 from capo_rl.planning import planner as planning
 from capo_rl.planning.planner import Planner
 from capo_rl.planning.share import Share, squared_norms
@@ -103,7 +104,8 @@ def test_norms_that_are_no_numbers_are_left_out_and_the_state_goes_on_alike():
 def test_a_step_sorts_its_tokens_once(monkeypatch, silent, times, micro_batches):
     """For its figures, the share and the moments; the moments have rows of their own where a token has no weight."""
     sorted_tokens = []
-    monkeypatch.setattr(planning, "support_rows", lambda layer: sorted_tokens.append(layer) or support_rows(layer))
+    for module in (planning, micro_batch, step_figures):
+        monkeypatch.setattr(module, "support_rows", lambda layer: sorted_tokens.append(layer) or support_rows(layer))
     planner = Planner(AdamStep(0.1), Thresholds(None, None), share=True)
     for seed in range(micro_batches):
         hidden, logits, actions, weights, _ = tokens(seed, 6, 3, 8)

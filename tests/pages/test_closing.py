@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,9 @@ from capo_rl.cli import make_parser
 from capo_rl.pages.closing import GRPO_THERE, closing, is_quickstart
 from capo_rl.settings.recipe import read_recipe
 from capo_rl.statistics import collapsed
+from conftest import ROOT
 
-GRPO = Path(__file__).parents[1] / "results" / "main" / "grpo-a"
+GRPO = ROOT / "results" / "main" / "grpo-a"
 
 
 def ended(folder, rewards, *overrides, path="quickstart"):

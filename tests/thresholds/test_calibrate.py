@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,9 +29,8 @@ from capo_rl.thresholds.kl_regression import regress, student_quantile
 from capo_rl.thresholds.rejection_rate import bootstrap, factors_at, interval, rejected, scaled, severity
 from capo_rl.trainers.calibrate import calibrate, fragment
 from capo_rl.trainers.watching import at_scale
-from conftest import make_model
+from conftest import ROOT, make_model
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 SHORT = ["--dataset_limit", "64", "--max_steps", "20"]
 

@@ -16,8 +16,9 @@ import pytest
 
 import warm
 from capo_rl.runs.records import read_metrics
+from conftest import ROOT
 
-QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 SHORT = ["--max_steps", "8", "--dataset_limit", "64", "--save_steps", "2"]
 
 

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 import warm
 from capo_rl import MonitorCallback
 from capo_rl.trainers.alarm import Alarm, AlarmCallback, Watch, scale_learning_rate
+from conftest import ROOT
 
 X = {"x": 0.0}
 # Any rise over the last two observations raises an alarm, once.
@@ -164,7 +165,7 @@ def test_actions_that_do_not_exist_are_named():
 
 
 def test_the_default_is_what_won_on_the_tuning_runs():
-    measured = json.loads(Path(__file__).parents[1].joinpath("results/alarm/alarm.json").read_text())
+    measured = json.loads(ROOT.joinpath("results/alarm/alarm.json").read_text())
     rows = measured["at_most_false_per_1000"]["1"].values()
     best = max(rows, key=lambda row: row["tuning"]["in_time"])
     assert Alarm() == Alarm(**best["alarm"])

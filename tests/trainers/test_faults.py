@@ -26,8 +26,9 @@ from capo_rl.trainers.checkpoints import (
     damage_of,
     resume_point,
 )
+from conftest import ROOT
 
-QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 CAPO = ("-m", "capo_rl.cli")
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 HANGS = 1200  # seconds: what takes longer hangs, on a machine with twenty other processes too
@@ -286,6 +287,7 @@ def test_a_process_that_hangs_is_waited_for_no_longer_than_ddp_timeout(tmp_path,
     errors = other.communicate(timeout=HANGS)[1]  # without ddp_timeout on CPUs this takes 30 minutes
     record_property("seconds", time.monotonic() - start_of_wait)
     hanging.send_signal(signal.SIGKILL)
+    hanging.communicate()
     assert other.returncode != 0
     assert "Timed out waiting 5000ms" in errors
     assert resume_point(tmp_path / "run") is not None

@@ -6,13 +6,13 @@ import logging
 
 import pytest
 import torch
+from test_trl import assert_bitwise_equal, trajectory
 from torch.optim import SGD
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import MonitorCallback
 from capo_rl.trainers.rounding import _SAMPLE, _sample
 from conftest import make_model
-from test_trl import assert_bitwise_equal, trajectory
 
 AWAY = "capo/updates_rounded_away"
 

@@ -14,8 +14,9 @@ import pytest
 from capo_rl.evaluation import benchmarks
 from capo_rl.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Problem, choice_order, load_benchmark
 from capo_rl.rewards.grading import Grader
+from conftest import ROOT
 
-DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")) / "eval"
+DATA = Path(os.environ.get("CAPO_DATA", ROOT / ".." / "shared" / "data")) / "eval"
 NAMES = ["gsm8k", "math500", "olympiadbench", "minerva_math", "gpqa_diamond", "amc23", "aime24", "aime25"]
 GOOD = {"id": "made/1", "problem": "What is 1+1?", "answer": "2"}
 SECRET = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_tokens import some_tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +21,6 @@ from capo_rl.pages.explain import ExplainError, write_explanation
 from capo_rl.pages.token_text import token_texts
 from capo_rl.runs.tokens import StepTokens, write_step
 from chromium import browser, needs_browser
-from test_tokens import some_tokens
 
 SCRIPT = "<script>document.title='owned'</script>"
 WORDS = [

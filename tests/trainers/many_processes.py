@@ -1,6 +1,6 @@
-"""Started by torchrun: a share of each batch in each process, with completions that depend on their place alone.
+"""Started in N processes: a share of each batch in each of them, with completions that depend on their place alone.
 
-    torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", ...settings of CAPOConfig}'
+    PYTHONPATH=tests torchrun --nproc-per-node=N many_processes.py FOLDER '{"name": "result", ...settings}'
 
 Writes FOLDER/NAME-RANK.pt: weights, moments, the verdicts and shifts of each completion, the figures of every step.
 With a list of such settings it makes one run after another, which saves starting.

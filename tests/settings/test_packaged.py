@@ -16,8 +16,8 @@ from capo_rl.cli import main
 from capo_rl.settings.packaged import first_line, packaged
 from capo_rl.settings.recipe import RecipeError, read_recipe
 from capo_rl.settings.recipe_file import find_recipe
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 FILES = [
     *(file.relative_to(ROOT) for file in (ROOT / "recipes").rglob("*") if file.is_file()),
     *(file.relative_to(ROOT) for file in (ROOT / "experiments").glob("*.yaml")),

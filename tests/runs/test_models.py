@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from capo_rl.runs.models import ModelError, ModelSource, load_model, load_tokenizer, locate
+from conftest import ROOT
 
 
 def touch(folder, *names):
@@ -102,7 +103,7 @@ def test_a_package_that_is_not_installed(name):
 
 
 def test_the_embedded_model_is_found_in_the_package():
-    if not (Path(__file__).parents[1] / "src" / "capo_rl" / "embedded" / "config.json").exists():
+    if not (ROOT / "src" / "capo_rl" / "embedded" / "config.json").exists():
         pytest.skip("src/capo_rl/embedded has no model yet")
     source = locate("embedded")
     assert Path(source.name).name == "embedded" and source.gguf_file is None

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from test_rivals import tokens
 
 from capo_rl.curvature.selection import select
 from capo_rl.curvature.shifts import Shifts, token_shifts_of
@@ -14,7 +15,6 @@ from capo_rl.curvature.step import AdamStep
 from capo_rl.planning.planner import MicroBatch
 from capo_rl.planning.trust_region import Steering
 from capo_rl.testbed.judgements import BOUNDS, JUDGEMENTS, Judged, at_length, energy, judge, own_length, share
-from test_rivals import tokens
 
 
 def step(lr):

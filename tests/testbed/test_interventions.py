@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from test_rivals import tokens
 from transformers import TrainerCallback
 
 from capo_rl.curvature.selection import Thresholds
 from capo_rl.testbed.bench import Bench, BenchError, _scales
 from capo_rl.testbed.interventions import Scales, WholeSecondMoment, one_sign
-from test_rivals import tokens
 
 
 def test_one_sign_judges_only_its_tokens():

@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
+from test_distributed import run
+from test_trl import leave_out, logs
 
 from capo_rl import AdaptThresholds
 from capo_rl.cli.training import _show
 from capo_rl.runs.plots import draw_comparison, draw_run
 from capo_rl.runs.records import summarize
 from conftest import make_model, wants_even_words
-from test_distributed import run
-from test_trl import leave_out, logs
 
 # Budgets that some updates are over, so that the measurement decides the length of steps and what is taken back.
 HELD = {"capo_mode": "trust_region", "capo_kl_budget": 1e-3, "capo_kl_start": 1.0, "capo_kl_sample": 0.25}
@@ -104,8 +104,8 @@ def test_nothing_of_the_last_layer_is_computed_beside_the_measured_tokens(build,
         return Counted(found.weight, found.bias, found.scale, found.autocast)
 
     trainer._head = counted
-    for name in ("token_shifts_of", "row_gradient", "subset_direction"):
-        monkeypatch.setattr(f"capo_rl.planning.planner.{name}", lambda *_, **__: pytest.fail("computed a prediction"))
+    for name in ("planner.token_shifts_of", "planner.row_gradient", "step_figures.subset_direction"):
+        monkeypatch.setattr(f"capo_rl.planning.{name}", lambda *_, **__: pytest.fail("computed a prediction"))
     entries = logs(trainer)
     assert trainer.planner is None
     assert len(seen) == 4 and max(seen) <= 6  # one completion of four, in each of two micro-batches

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from test_planner import TOLD
+from test_trust_region import REFUSED
 from transformers import LlamaForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOTrainer
@@ -18,11 +19,8 @@ from capo_rl import CAPOConfig, CAPOTrainer, MonitorCallback
 from capo_rl.curvature.step import AdamStep
 from capo_rl.runs.models import check_head, locate
 from capo_rl.settings.recipe import read_recipe
-from conftest import make_model, wants_even_words
-from test_planner import TOLD
-from test_trust_region import REFUSED
+from conftest import ROOT, make_model, wants_even_words
 
-ROOT = Path(__file__).parents[1]
 LISTED = re.findall(r"^\| `(.+?)` \|", (ROOT / "docs" / "refusals.md").read_text(), re.MULTILINE)
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
 BUDGET = {"capo_kl_budget": 1e-3}

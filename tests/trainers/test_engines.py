@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_distributed import FSDP2, SOME, launch, zero
 
 from conftest import make_model
-from test_distributed import FSDP2, SOME, launch, zero
 
 BUDGET = {"capo_kl_budget": 0.1, "capo_kl_start": 1.0}
 # A mean over sequences: that of dapo depends on how the step is divided (docs/algorithm.md, "Denominators").

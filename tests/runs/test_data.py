@@ -12,8 +12,9 @@ from trl import GRPOTrainer
 
 from capo_rl.rewards.grading import Grader
 from capo_rl.runs.data import RESERVED, DataError, as_prompts, drop_long_prompts, drop_ungradable, load_problems
+from conftest import ROOT
 
-DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("CAPO_DATA", ROOT / ".." / "shared" / "data"))
 GOOD = {"problem": "1+1?", "answer": "2"}
 
 

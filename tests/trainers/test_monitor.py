@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_trl import logs, trajectory
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import MonitorCallback
-from test_trl import logs, trajectory
 
 
 class MyTrainer(GRPOTrainer):

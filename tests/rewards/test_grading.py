@@ -19,8 +19,9 @@ from capo_rl.answers import Rule, number
 from capo_rl.rewards import grading
 from capo_rl.rewards.accuracy import accuracy_reward
 from capo_rl.rewards.grading import TIMED_OUT, Grader, Verdict, extract_answer
+from conftest import ROOT
 
-DATA = Path(os.environ.get("CAPO_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("CAPO_DATA", ROOT / ".." / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_grade_all_keeps_the_order(grader):
         grader.grade_all(answers, golds, rules)
 
 
-HOSTILE = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "grading.py"))["HOSTILE"]
+HOSTILE = runpy.run_path(str(ROOT / "benchmarks" / "grading.py"))["HOSTILE"]
 
 
 @pytest.mark.parametrize("case", HOSTILE, ids=list(HOSTILE))
@@ -176,7 +177,7 @@ def test_any_text_gets_a_verdict(grader, text, gold):
 
 CASES = [
     (path.stem, case)
-    for path in sorted((Path(__file__).parent / "cases").glob("*.jsonl"))
+    for path in sorted((ROOT / "tests" / "cases").glob("*.jsonl"))
     for case in map(json.loads, path.read_text(encoding="utf-8").splitlines())
 ]
 

@@ -20,10 +20,10 @@ from capo_rl.settings.fields import NEEDS, NOT_HERE, RANGES
 from capo_rl.settings.recipe import RecipeError, read_recipe
 from capo_rl.trainers.checkpoints import CheckpointError, WholeCheckpoints, checkpoints
 from capo_rl.trainers.train import make_trainer, train
-from conftest import WORDS
+from conftest import ROOT, WORDS
 
-QUICKSTART = str(Path(__file__).parents[1] / "recipes" / "quickstart.yaml")
-RESULT = Path(__file__).parents[1] / "results" / "settings" / "fields.json"
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+RESULT = ROOT / "results" / "settings" / "fields.json"
 
 
 def with_lines(tmp_path: Path, lines: str) -> str:

@@ -17,8 +17,9 @@ from capo_rl.testbed.bench import BESIDE, CURVES, BenchError, quick, read_bench,
 from capo_rl.testbed.figures import FIGURES
 from capo_rl.testbed.results import draw_results
 from capo_rl.testbed.tables import TABLES
+from conftest import ROOT
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 
 
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -19,9 +19,9 @@ from capo_rl.pages.doctor import FIGURES, diagnose
 from capo_rl.pages.environment import environment
 from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.planning.defaults import KL_BUDGET
-from conftest import SETTINGS
+from conftest import ROOT, SETTINGS
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = ROOT / "results"
 DEAD = RESULTS / "range" / "grpo-lr-1e-3" / "11.json"
 ALIVE = RESULTS / "range" / "default-lr-1e-2" / "11.json"
 
@@ -165,7 +165,7 @@ def test_our_own_runs_are_read_with_their_settings(build, tmp_path):
 
 
 def test_the_eight_curves_of_the_docs_are_logged_and_the_filter_finds_them_alone(build):
-    docs = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    docs = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
     named = re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)
     (pattern,) = re.findall(r"^    (\^.*\$)$", section, re.MULTILINE)
