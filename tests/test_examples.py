@@ -53,7 +53,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
 
 @pytest.fixture
 def eight_curves():
-    """Those of docs/metrics.md, which tests/test_doctor.py finds among what a run logs."""
+    """Those of docs/metrics.md, which tests/pages/test_doctor.py finds among what a run logs."""
     docs = (EXAMPLES.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
     section = docs.split("## The eight curves that matter")[1].split("## Everything")[0]
     return [f"train/{name}" for name in re.findall(r"^\| `(\S+)` \|", section, re.MULTILINE)]
