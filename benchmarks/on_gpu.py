@@ -29,6 +29,13 @@ if "--rehearse" in sys.argv:
     os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 import torch
+from torch import Tensor
+
+from capo_rl.curvature.kernels import adam_shifts, moment_update, triton
+from capo_rl.curvature.kernels.adam_shifts import adam_shifts as fused_shifts
+from capo_rl.curvature.kernels.moment_update import fused_update_moments, update_moments
+from capo_rl.curvature.last_layer import RowGradient, row_gradient
+from capo_rl.runs.records import versions, write_json
 from curvature import (
     DEVICE,
     Case,
@@ -40,13 +47,6 @@ from curvature import (
     make_case,
     seconds,
 )
-from torch import Tensor
-
-from capo_rl.curvature.kernels import adam_shifts, moment_update, triton
-from capo_rl.curvature.kernels.adam_shifts import adam_shifts as fused_shifts
-from capo_rl.curvature.kernels.moment_update import fused_update_moments, update_moments
-from capo_rl.curvature.last_layer import RowGradient, row_gradient
-from capo_rl.runs.records import versions, write_json
 
 REHEARSAL = "--rehearse" in sys.argv
 REPEATS = 1 if REHEARSAL else 20

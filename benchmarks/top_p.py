@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from curvature import by_the_clock, hardware
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributions import Categorical
@@ -32,6 +31,7 @@ from capo_rl.curvature.selection import Thresholds, select
 from capo_rl.curvature.shifts import Shifts, token_shifts_of
 from capo_rl.runs.models import load_model, load_tokenizer
 from capo_rl.runs.records import versions, write_json
+from curvature import by_the_clock, hardware
 
 LENGTH = 64  # tokens of a completion
 PARTS = 4
