@@ -355,48 +355,20 @@ def sharpness() -> str:
 
 def choice() -> str:
     """The accuracies of other choices of tokens than CAPO's."""
-
-    def row(label: str, capo: Runs, reincapo: Runs) -> list[str]:
-        return [label, ends(capo), ends(reincapo)]
-
     main, what = arms("main"), arms("what")
-    masks = ("low probability", "random", "negative only", "positive only")
-    return markdown(
-        ["what is left out, at 16 completions, lr 5e-4", "GRPO's advantage", "REINFORCE's"],
-        [
-            row(
-                "outside the paper's bounds, step times the share",
-                main["CAPO, the paper's bounds, with the share"],
-                main["ReinCAPO with the share"],
-            ),
-            *(
-                row(label, what[f"CAPO with the share, {mask}"], what.get(f"ReinCAPO with the share, {mask}", []))
-                for mask, label in zip(
-                    masks,
-                    (
-                        "as many, the least likely tokens",
-                        "as many, at random",
-                        "outside the bounds, A < 0 only",
-                        "outside the bounds, A > 0 only",
-                    ),
-                    strict=True,
-                )
-            ),
-            *(
-                row(
-                    f"outside the bounds, A {'<' if mask == masks[2] else '>'} 0 only, no share",
-                    what[f"CAPO, {mask}"],
-                    [],
-                )
-                for mask in masks[2:]
-            ),
-            row(
-                "outside the bounds, and every layer's second moment has seen them",
-                what["CAPO, whole second moment"],
-                what["ReinCAPO, whole second moment"],
-            ),
-        ],
-    )
+    bounds = main["CAPO, the paper's bounds, with the share"], main["ReinCAPO with the share"]
+    rows = [["outside the paper's bounds, step times the share", *map(ends, bounds)]]
+    for label, change in (
+        ("as many, the least likely tokens", " with the share, low probability"),
+        ("as many, at random", " with the share, random"),
+        ("outside the bounds, A < 0 only", " with the share, negative only"),
+        ("outside the bounds, A > 0 only", " with the share, positive only"),
+        ("outside the bounds, A < 0 only, no share", ", negative only"),
+        ("outside the bounds, A > 0 only, no share", ", positive only"),
+        ("outside the bounds, and every layer's second moment has seen them", ", whole second moment"),
+    ):
+        rows.append([label, *(ends(what.get(method + change, [])) for method in ("CAPO", "ReinCAPO"))])
+    return markdown(["what is left out, at 16 completions, lr 5e-4", "GRPO's advantage", "REINFORCE's"], rows)
 
 
 def judgements() -> str:
