@@ -62,15 +62,18 @@ class HeldOut(TrainerCallback):
 
 def sampled_accuracy(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], max_new_tokens: int) -> float:
     """The share of rows whose completion, sampled at temperature 1, is right."""
-    texts = [
-        tokenizer.decode(reply, skip_special_tokens=True)
-        for _, reply in sampled(model, tokenizer, rows, max_new_tokens)
-    ]
+    pairs = sampled(model, tokenizer, rows, max_new_tokens)
+    return sum(rewards(tokenizer, rows, [reply for _, reply in pairs])) / len(rows)
+
+
+def rewards(tokenizer: Any, rows: Sequence[dict[str, Any]], replies: Sequence[list[int]]) -> list[float]:
+    """1 for each row whose reply, as ids, is right; 0 for one that is not, or can't be graded."""
+    texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
     if "constraints" in rows[0]:
-        rewards: list[Any] = constraint_reward(texts, [row["constraints"] for row in rows])
+        found: list[Any] = constraint_reward(texts, [row["constraints"] for row in rows])
     else:
-        rewards = accuracy_reward(texts, [row["answer"] for row in rows])
-    return sum(reward or 0.0 for reward in rewards) / len(rows)
+        found = accuracy_reward(texts, [row["answer"] for row in rows])
+    return [reward or 0.0 for reward in found]
 
 
 @torch.no_grad()
