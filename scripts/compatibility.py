@@ -37,43 +37,65 @@ ROWS: dict[str, dict[str, str]] = {
     "trl-1.15": {"trl": "1.15.0", "triton": "3.6.0", "numpy": "2.3.5"},
     "trl-1.14": {"trl": "1.14.2"},
     "trl-1.13": {"trl": "1.13.0"},
-    "trl-1.10": {"trl": "1.10.0"},
-    "trl-1.7": {"trl": "1.7.1"},
-    "trl-1.6": {"trl": "1.6.0"},
     "transformers-5.20": {"trl": "1.16.0", "transformers": "5.20.2"},
     "transformers-5.10": {"trl": "1.16.0", "transformers": "5.10.4"},
     "transformers-5.3": {"trl": "1.16.0", "transformers": "5.3.0"},
-    "transformers-5.2": {"trl": "1.16.0", "transformers": "5.2.0"},
     "torch-2.14": {"trl": "1.16.0", "torch": "2.14.1"},
-    "torch-2.6": {"trl": "1.16.0", "torch": "2.6.0"},
+    "python-3.12": {"python": "3.12"},
+    "python-3.13": {"python": "3.13"},
+    # Each of the project's own dependencies at its lower bound (uv's `--resolution lowest-direct`).
+    "lowest": {"resolution": "lowest-direct"},
 }
+_NOT_PACKAGES = ("python", "resolution")
 SHOWN = ("trl", "transformers", "torch", "accelerate", "peft", "datasets", "numpy")
 
 
 def requirements(row: dict[str, str]) -> list[str]:
     """What pip is asked for: the project's dependencies, with the row's versions in place of its bounds."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    tools = [tool for tool in project["optional-dependencies"]["dev"] if re.match("pytest|hypothesis", tool)]
-    asked = [f"{name}=={version}" for name, version in row.items()]
+    asked = [f"{name}=={version}" for name, version in row.items() if name not in _NOT_PACKAGES]
     return asked + [
         each
-        for each in project["dependencies"] + tools
+        for each in _project()["dependencies"]
         if re.match(r"[\w-]+", each)[0] not in row  # type: ignore[index]
     ]
+
+
+def tools() -> list[str]:
+    """What runs the tests."""
+    return [tool for tool in _project()["optional-dependencies"]["dev"] if re.match("pytest|hypothesis", tool)]
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def python_of(row: dict[str, str]) -> str:
+    """The interpreter that a row asks for, by default this one. Raises `SystemExit` where there is none."""
+    name = f"python{row['python']}" if "python" in row else sys.executable
+    if (found := shutil.which(name)) is None:
+        raise SystemExit(f"{name}: not on the PATH; install it, or leave the row out")
+    return found
 
 
 def try_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
     """Build the environment of a row, run the tests in it, and say what came of it."""
     python, checkout = folder / "bin" / "python", folder / "checkout"
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([python_of(row), "-m", "venv", str(folder)], check=True)
     copy_checkout(checkout)
-    pinned = [] if "torch" in row else [next(filter(re.compile("torch==").match, _lines(ROOT / "constraints.txt")))]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-    for arguments in ([*pinned, *requirements(row)], ["--no-deps", "--editable", str(checkout)]):
-        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+    if "resolution" in row:
+        uv = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+        commands = [[*pip, "uv"], [*uv, "--resolution", row["resolution"], *requirements(row)], [*uv, *tools()]]
+    else:
+        torch = (
+            [next(filter(re.compile("torch==").match, _lines(ROOT / "constraints.txt")))] if "torch" not in row else []
+        )
+        commands = [[*pip, *torch, *requirements(row), *tools()]]
+    for command in [*commands, [*pip, "--no-deps", "--editable", str(checkout)]]:
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            errors = [line for line in done.stderr.splitlines() if line.lower().lstrip().startswith(("error", "×"))]
             return {"asked": row, "verdict": "can't be installed", "causes": dict.fromkeys(errors[:3], 1)}
     code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {SHOWN}}}))"
     found = json.loads(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout)
