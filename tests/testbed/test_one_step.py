@@ -103,6 +103,14 @@ def test_gradients_are_autograds(points, model):
         assert not ours[1][name].any()
 
 
+def test_a_prompt_that_is_shared_gives_the_states_of_whole_rows(points, model):
+    _, _, (_, point) = points
+    put(model, point.weights)
+    for texts in (point.batch, point.held_out):
+        whole = model.base_model(input_ids=texts.ids, attention_mask=texts.attention.long())[0][:, :-1]
+        torch.testing.assert_close(look(model, texts, 1.0).hidden, whole[texts.mask[:, 1:]], rtol=1e-4, atol=1e-4)
+
+
 def test_divergence_is_the_kl_over_the_vocabulary(points, model):
     _, _, (point, later) = points
     put(model, point.weights)
@@ -126,7 +134,7 @@ def test_held_out_change_is_that_of_the_importance_weights(points, model):
     found = one_step._held_out(texts, was, now)
     change = torch.zeros(len(texts.values)).double()
     for row in range(len(texts.values)):
-        here = texts.mask[:, 1:].nonzero()[:, 0] == row
+        here = texts.mask.nonzero()[:, 0] == row
         ratio = (now.of_actions[here].double().sum() - was.of_actions[here].double().sum()).exp()
         change[row] = (ratio - 1) * (texts.values[row] - texts.values.mean())
     assert found["change"] == pytest.approx(float(change.mean()), rel=1e-4, abs=1e-9)

@@ -143,8 +143,8 @@ def gradients(model: nn.Module, texts: Texts, sets: list[Tensor], temperature: f
     sums = [{name: torch.zeros_like(weight) for name, weight in named.items()} for _ in sets]
     first = 0
     for ids, attention, mask in _rows(texts):
-        log_pi = _log_pi(model, _hidden(model, ids, attention)[mask[:, 1:]], temperature)
-        chosen = log_pi.gather(1, ids[:, 1:][mask[:, 1:]][:, None]).squeeze(1)
+        log_pi = _log_pi(model, _hidden(model, ids, attention, mask), temperature)
+        chosen = log_pi.gather(1, ids[mask][:, None]).squeeze(1)
         here = slice(first, first + len(chosen))
         first += len(chosen)
         for weights, total in zip(sets, sums, strict=True):
@@ -158,9 +158,8 @@ def gradients(model: nn.Module, texts: Texts, sets: list[Tensor], temperature: f
 @torch.no_grad()
 def look(model: nn.Module, texts: Texts, temperature: float, head: Tensor | None = None) -> Seen:
     """The policy at the completions' tokens; `head` [V, d] in place of the model's own."""
-    hidden = torch.cat([_hidden(model, ids, attention)[mask[:, 1:]] for ids, attention, mask in _rows(texts)])
-    actions = texts.ids[:, 1:][texts.mask[:, 1:]]
-    return Seen(hidden, _log_pi(model, hidden, temperature, head), actions)
+    hidden = torch.cat([_hidden(model, *rows) for rows in _rows(texts)])
+    return Seen(hidden, _log_pi(model, hidden, temperature, head), texts.ids[texts.mask])
 
 
 def norm(weights: Weights) -> float:
@@ -181,9 +180,27 @@ def _rows(texts: Texts) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     yield from zip(texts.ids.split(_ROWS), texts.attention.split(_ROWS), texts.mask.split(_ROWS), strict=True)
 
 
-def _hidden(model: Any, ids: Tensor, attention: Tensor) -> Tensor:
-    """The states before each token but the first, [B, L − 1, d]."""
-    return model.base_model(input_ids=ids, attention_mask=attention.long(), use_cache=False)[0][:, :-1]
+def _hidden(model: Any, ids: Tensor, attention: Tensor, mask: Tensor) -> Tensor:
+    """The states before the tokens that `mask` [B, L] marks, [n, d]. Rows with the same prompt share its pass."""
+    start = int(mask.any(0).nonzero()[0])  # of the completions
+    prompts, at = torch.unique(
+        torch.cat([ids, attention.long()], 1)[:, _prompt(ids, start)], dim=0, return_inverse=True
+    )
+    before = model.base_model(input_ids=prompts[:, :start], attention_mask=prompts[:, start:], use_cache=True)
+    before.past_key_values.batch_select_indices(at)
+    after = model.base_model(
+        input_ids=ids[:, start:],
+        attention_mask=attention.long(),
+        past_key_values=before.past_key_values,
+        use_cache=True,
+    )
+    states = torch.cat([before[0][at, -1:], after[0][:, :-1]], 1)
+    return states[mask[:, start:]]
+
+
+def _prompt(ids: Tensor, start: int) -> list[int]:
+    """The columns of the prompts in ids and attention side by side."""
+    return [*range(start), *range(ids.shape[1], ids.shape[1] + start)]
 
 
 def _log_pi(model: Any, hidden: Tensor, temperature: float, head: Tensor | None = None) -> Tensor:
@@ -268,7 +285,7 @@ def divergence(was: Seen, now: Seen) -> Tensor:
 def _held_out(texts: Texts, was: Seen, now: Seen) -> dict[str, float]:
     """The change of the expected reward, Σ (w − 1)(r − r̄) / n with w = π'(y) / π(y) of whole completions, its standard
     error, and the effective number of completions."""
-    rows = texts.mask[:, 1:].nonzero()[:, 0]
+    rows = texts.mask.nonzero()[:, 0]
     logs = torch.zeros(len(texts.values)).index_add_(0, rows, now.of_actions - was.of_actions)
     ratio = logs.double().clamp(max=50).exp()
     each = (ratio - 1) * (texts.values - texts.values.mean())
