@@ -250,6 +250,39 @@ def pretrained_tasks() -> str:
     return markdown(["task", "right"], [[name, f"{share:.3f}"] for name, share in right.items()])
 
 
+# docs/scaling.md
+
+
+def scaling_seconds() -> str:
+    return markdown(
+        ["n", "k", "d", "V", "seconds predicted", "measured", ""],
+        [
+            [f"{row[name]:,}" for name in ("n", "k", "d", "vocabulary")]
+            + [f"{row['predicted']:.3f}", f"{row['measured']:.3f}", "" if row["fitted"] else "not fitted"]
+            for row in read("scaling.json")["seconds"]
+        ],
+    )
+
+
+def scaling_carried_on() -> str:
+    runs = read("scaling.json")["carried on"]
+    shown = {
+        "tokens a process": ("tokens a process", "{:,.0f}"),
+        "sharded training, GB": ("weights, gradient and Adam's state, sharded", "{:.1f} GB"),
+        "default, held, GB": ("default: held", "{:.2f} GB"),
+        "default, operations": ("default: operations", "{:.1%}"),
+        "default, 16,384 tokens, operations": ("default measured on 16,384 tokens: operations", "{:.2%}"),
+        "mask, held, GB": ("mask: held in a step", "{:.2f} GB"),
+        "mask, moments, GB": ("mask: moments", "{:.1f} GB"),
+        "mask, operations": ("mask: operations", "{:.1%}"),
+        "mask, handed over": ("mask: handed over", "{:.1%}"),
+    }
+    return markdown(
+        ["", *runs],
+        [[label, *(form.format(run[name]) for run in runs.values())] for name, (label, form) in shown.items()],
+    )
+
+
 # docs/testbed.md
 
 
@@ -554,6 +587,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "pretrained-rates": pretrained_rates,
     "pretrained-tasks": pretrained_tasks,
+    "scaling-seconds": scaling_seconds,
+    "scaling-carried-on": scaling_carried_on,
     "range": range_,
     "schedules": schedules,
     "paper-sizes": paper_sizes,
