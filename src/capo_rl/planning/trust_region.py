@@ -208,7 +208,7 @@ class Steering:
 
     def __init__(self, budget: float, first: float, way: Callable[[Optimizer], Way] | None) -> None:
         self.budget, self.limit = budget, first
-        self._way = way
+        self.way = way
         self._step: Way | None = None
         self._kl = self._weight = 0.0
 
@@ -218,7 +218,7 @@ class Steering:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The step is about to be taken: keep the way back."""
-        self._step = None if self._way is None else self._way(optimizer)
+        self._step = None if self.way is None else self.way(optimizer)
 
     def after_step(self, lr: float, measure: Measure, informative: bool = True) -> Shortened:
         """The step was taken at the learning rate `lr`: measure it, go back if it is over the budget, learn from it.
