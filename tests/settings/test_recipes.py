@@ -125,6 +125,12 @@ def test_settings_are_what_differs_from_the_defaults():
     assert "adam_beta1" not in one
 
 
+def test_settings_have_no_secrets():
+    address = "https://me:s3cr3t@example.org/a?api_key=s3cr3t"
+    asked = settings(read_recipe(QUICKSTART, [f"--run_name={address}"]))
+    assert asked["run_name"] == "https://(not shown)@example.org/a?(not shown)"
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [
