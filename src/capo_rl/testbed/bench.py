@@ -60,6 +60,7 @@ CURVES = (
     "capo/kl/predicted",
     "capo/kl/rank_correlation",
     "capo/kl/fraction",
+    "capo/learning_rate",
     "capo/scale",
     "capo/share",
     "capo/accepted_tokens",
