@@ -126,9 +126,12 @@ def test_settings_are_what_differs_from_the_defaults():
 
 
 def test_settings_have_no_secrets():
-    address = "https://me:s3cr3t@example.org/a?api_key=s3cr3t"
-    asked = settings(read_recipe(QUICKSTART, [f"--run_name={address}"]))
-    assert asked["run_name"] == "https://(not shown)@example.org/a?(not shown)"
+    recipe = read_recipe(QUICKSTART)
+    recipe.data.dataset_name = "https://me:s3cr3t@example.org/a?api_key=s3cr3t"
+    recipe.training.model_init_kwargs = {"token": "s3cr3t"}
+    asked = settings(recipe)
+    assert asked["dataset_name"] == "https://(not shown)@example.org/a?(not shown)"
+    assert asked["model_init_kwargs"] == {"token": "(not shown)"}
 
 
 @pytest.mark.parametrize(
