@@ -462,10 +462,10 @@ def _train(model: Model, mode: dict[str, Any] | None, micro_batch: int, deadline
         pass
 
     class Capo(Given, CAPOTrainer):
-        def _record(self, figures):
+        def record_figures(self, figures):
             for name in ("capo/seconds", "capo/kl/seconds"):
                 steps[-1][name] = steps[-1].get(name, 0.0) + figures.get(name, 0.0)
-            super()._record(figures)
+            super().record_figures(figures)
 
     draw = torch.Generator().manual_seed(0)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from capo_rl.planning.trust_region import _MEMORY
+from capo_rl.planning.trust_region import MEMORY
 from capo_rl.runs.records import write_json
 from capo_rl.testbed.arms import final_accuracy
 from capo_rl.testbed.bench import read_results
@@ -28,28 +28,34 @@ RESULTS = Path(__file__).parent.parent / "results" / "judgements"
 BUDGET = 5e-3
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """The share of the learning rate that a cosine schedule with a warm-up gives to a step (from 0)."""
-    if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+def learning_rates(run: dict[str, Any]) -> list[float]:
+    """That of each step as it was taken; results that lack it have a cosine schedule with a warm-up."""
+    curves, settings = run["curves"], run["settings"]
+    if "capo/learning_rate" in curves:
+        return [lr or 0.0 for lr in curves["capo/learning_rate"]]
+    steps = len(curves["step"])
+    warmup = math.ceil(settings["warmup_steps"] * steps)
+    shares = [
+        step / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        for step in range(steps)
+    ]
+    scales = [scale or 0.0 for scale in curves["capo/scale"]]
+    return [settings["learning_rate"] * share * scale for share, scale in zip(shares, scales, strict=True)]
 
 
 def surprises(run: dict[str, Any]) -> list[float]:
     """log κ_t / κ̄ of each step that has one."""
-    curves, settings = run["curves"], run["settings"]
-    steps = len(curves["step"])
+    curves = run["curves"]
     mean = weight = 0.0
     found = []
-    for t in range(steps):
-        kl, scale, judged = (curves[name][t] for name in ("capo/kl/proposed", "capo/scale", "capo/share"))
-        lr = settings["learning_rate"] * schedule(t, steps, math.ceil(settings["warmup_steps"] * steps)) * (scale or 0)
+    for t, lr in enumerate(learning_rates(run)):
+        kl, judged = (curves[name][t] for name in ("capo/kl/proposed", "capo/share"))
         if not kl or not lr or not curves["grad_norm"][t]:
             continue  # no step, or one of momentum alone, which the control does not learn from
         kappa = kl * ((1.0 if judged is None else judged) / lr) ** 2
         if weight and t >= 20:
             found.append(math.log(kappa * weight / mean))
-        mean, weight = _MEMORY * mean + kappa, _MEMORY * weight + 1
+        mean, weight = MEMORY * mean + kappa, MEMORY * weight + 1
     return found
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from capo_rl.settings.own_fields import CAPOFields
 from capo_rl.settings.train_help import GROUPS
 from compatibility import table as compatibility
+from docs_costs import COSTS
 from docs_numbers import NUMBERS, TABLES, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,9 @@ def settings() -> str:
     return "\n".join(lines).rstrip()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"rooms": rooms, "settings": settings, "compatibility": compatibility} | TABLES
+BLOCKS: dict[str, Callable[[], str]] = (
+    {"rooms": rooms, "settings": settings, "compatibility": compatibility} | TABLES | COSTS
+)
 
 
 def page(text: str) -> str:

@@ -13,6 +13,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices are tiny; the other co
 if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # where Triton is installed, its kernels run on the CPU
 
+import jaxtyping
+
+# Shapes in signatures are checked at run time; before any of these is imported. Not the kernels, whose source Triton
+# reads, and not `trust_region`, which has a protocol and no tensors.
+SHAPED = {
+    "curvature": ("head", "last_layer", "processes", "reference", "selection", "shifts", "step", "step_model"),
+    "planning": ("divergence", "micro_batch", "planner", "rerun", "share", "step_figures", "telemetry", "updates"),
+}
+jaxtyping.install_import_hook(
+    [f"capo_rl.{room}.{name}" for room, names in SHAPED.items() for name in names], "beartype.beartype"
+)
+
 import accelerate.utils.imports
 import pytest
 import torch
@@ -102,6 +114,14 @@ SETTINGS = {
 
 # What a test of the mask, or of the figures, starts from: the paper's own method, measured on every completion.
 PAPERS = {"capo_mode": "mask", "capo_share": False, "capo_kl_sample": 1.0}
+
+
+@pytest.fixture
+def unchecked():
+    """Shapes are checked by our own code alone, as where the package is used."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

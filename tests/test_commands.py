@@ -1,4 +1,4 @@
-"""Every command in the README, the docs and the recipes is one that the real parsers take."""
+"""Every command in the README, CONTRIBUTING, the docs and the recipes is one that the real parsers take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from capo_rl.settings.recipe_file import find_recipe, first_look
 
 ROOT = Path(__file__).parents[1]
 FILES = [
-    *(ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))),
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))),
     *(file for kind in ("recipes", "experiments") for file in packaged(kind).values()),
 ]
 COMMANDS = ("train", "calibrate", "bench", "eval", "regrade", "plot", "report", "explain", "recipes", "doctor")
@@ -45,6 +45,8 @@ def words(command: str) -> list[str]:
             said[i] = "qwen2.5_math_7b/capo_aggressive" if "--vllm" in command else "quickstart"  # one with vLLM
         elif re.fullmatch(r"[A-Z]+", word) and said[i - 1].startswith("--"):
             said[i] = "1"
+        elif "NAME" in word:
+            said[i] = word.replace("NAME", "main")
         elif re.match(r"PATH/TO/", word):
             said[i] = "arithmetic"
     return said
@@ -56,6 +58,8 @@ def check(command: str) -> None:
     if len(said) == 1 and said[0] not in ("recipes", "doctor"):
         return  # the name of a command, in a sentence
     options, others = make_parser().parse_known_args(said)
+    if said[0] == "plot":  # of a run; `report` draws the results of a bench
+        assert not [run for run in options.runs if os.path.isdir(run) and not os.path.exists(f"{run}/metrics.jsonl")]
     if said[0] == "bench":
         assert options.name in packaged("experiments")
     elif said[0] in ("train", "calibrate"):
@@ -96,7 +100,7 @@ def test_each_command_is_found_somewhere():
             "eval MODEL [--smaples K]",
             "doctor RUN --x",
         ),
-        *("calibrate RECIPE --rejection_rat 1", "explain runs/quickstart --steps 1"),
+        *("plot results/NAME", "calibrate RECIPE --rejection_rat 1", "explain runs/quickstart --steps 1"),
     ],
 )
 def test_a_renamed_option_would_be_found(command):
@@ -106,8 +110,15 @@ def test_a_renamed_option_would_be_found(command):
 
 def test_scripts_and_targets_that_are_named_exist():
     text = "\n".join(file.read_text(encoding="utf-8") for file in FILES)
-    scripts = set(re.findall(r"\bpython ((?:examples|benchmarks|scripts|experiments)/\w+\.py)", text))
+    found = re.findall(r"\bpython ((?:examples|benchmarks|scripts|experiments)/\w+\.py)([^#`\n]*)", text)
+    scripts = {script for script, _ in found}
     assert len(scripts) > 3
     assert not [script for script in scripts if not os.path.isfile(script)]
+    options = {(script, option) for script, rest in found for option in re.findall(r"(?<!\S)--[a-z-]+", rest)}
+    assert ("scripts/release.py", "--write") in options
+    assert not [each for each in options if f'"{each[1]}"' not in Path(each[0]).read_text(encoding="utf-8")]
+    tests = set(re.findall(r"\btests/[\w/]+\.py\b", text))
+    assert "tests/curvature/test_step.py" in tests
+    assert not [test for test in tests if not os.path.isfile(test)]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"^    make (\w+)", text, re.MULTILINE)) <= set(targets)

@@ -42,7 +42,7 @@ def test_a_stale_table_and_a_stale_number_are_drawn_anew():
 
 @pytest.mark.parametrize("bench", sorted(path.parents[1].name for path in RESULTS.glob("*/tables/methods.json")))
 def test_the_tables_of_a_bench_are_of_the_runs_that_are_there(bench, tmp_path):
-    # `capo plot results/NAME` draws them.
+    # `capo report results/NAME` draws them.
     for name in TABLES.keys() - {"methods"}:
         drawn, there = TABLES[name](arms(bench), tmp_path / name), RESULTS / bench / "tables" / f"{name}.json"
         assert (drawn and drawn.read_text(encoding="utf-8")) == (

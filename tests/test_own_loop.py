@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from capo_rl import CAPOConfig, CAPOTrainer
 from capo_rl.runs.models import load_model, load_tokenizer
@@ -55,7 +56,7 @@ def test_a_loop_of_ones_own_equals_the_trainer_on_the_same_rollouts(tmp_path, mo
         processing_class=load_tokenizer("embedded"),
     )
     rollouts, expected = [], []
-    compute, after_step = trainer._compute_loss, trainer._after_step
+    compute = trainer._compute_loss
 
     def compute_loss(model, inputs):
         rollouts.append(
@@ -68,15 +69,18 @@ def test_a_loop_of_ones_own_equals_the_trainer_on_the_same_rollouts(tmp_path, mo
         )
         return compute(model, inputs)
 
-    def after():
-        keep, share = trainer.planner.micro_batches[0].keep, trainer.planner.share
-        after_step()
-        weights = [weight.detach().clone() for weight in trainer.model.parameters()]
-        figures = trainer._metrics["train"]
-        kl = {name: figures[f"capo/kl/{name}"][-1] for name in ("measured", "fraction") if mode == "trust_region"}
-        expected.append((keep, share and share.value, kl, weights))
+    class Expect(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            self.keep, self.share = trainer.planner.micro_batches[0].keep, trainer.planner.share
 
-    trainer._compute_loss, trainer._after_step = compute_loss, after
+        def on_step_end(self, args, state, control, **kwargs):
+            weights = [weight.detach().clone() for weight in trainer.model.parameters()]
+            figures = trainer._metrics["train"]
+            kl = {name: figures[f"capo/kl/{name}"][-1] for name in ("measured", "fraction") if mode == "trust_region"}
+            expected.append((self.keep, self.share and self.share.value, kl, weights))
+
+    trainer._compute_loss = compute_loss
+    trainer.add_callback(Expect())
     trainer.train()
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=settings["adam_epsilon"]))
     loop = own_loop.Loop(load_model("embedded").double(), RATES[mode], mode)

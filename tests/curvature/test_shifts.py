@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -218,6 +219,13 @@ def test_zero_advantages_plan_no_step():
         assert torch.equal(getattr(shifts, name), torch.zeros(4, dtype=torch.float64))
 
 
+def test_shapes_in_signatures_are_checked_under_test():
+    pytest.importorskip("wadler_lindig", reason="jaxtyping needs wadler-lindig to say what does not fit")
+    batch = Batch(tokens=4, d=3, vocabulary=5)
+    with pytest.raises(jaxtyping.TypeCheckError, match="advantages"):
+        token_shifts(batch.hidden, batch.logits, batch.actions, torch.zeros(1), SGDStep(LR))
+
+
 def test_a_nan_or_infinite_advantage_is_nonfinite_and_stays_in_its_token():
     batch = Batch(tokens=4, d=3, vocabulary=5)
     batch.advantages[1], batch.advantages[2] = float("nan"), float("inf")
@@ -238,7 +246,7 @@ def test_a_nan_or_infinite_advantage_is_nonfinite_and_stays_in_its_token():
         ({"fisher": "exact"}, "not one of sampled, expected"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(change, message):
+def test_arguments_that_do_not_fit_are_named(unchecked, change, message):
     batch = Batch(tokens=4, d=3, vocabulary=5)
     arguments = {
         "hidden": batch.hidden,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from capo_rl.pages.doctor import FIGURES, diagnose
 from capo_rl.pages.environment import environment
 from capo_rl.pages.run_log import DoctorError, read_log
 from capo_rl.planning.defaults import KL_BUDGET
+from capo_rl.runs.records import write_metrics
 from conftest import ROOT, SETTINGS
 
 RESULTS = ROOT / "results"
@@ -133,6 +135,19 @@ def test_gradients_that_were_no_numbers_are_counted(tmp_path):
     rows = history()
     rows[29]["grad_norm"] = float("nan")  # as json writes it, and transformers logs it
     assert "not finite at 1 logged steps, first at 30" in str(diagnose(read_log(trainer_state(tmp_path, rows))))
+
+
+def test_what_our_own_metrics_have_as_null_was_no_number(tmp_path):
+    rows = history()
+    rows[29] |= {"grad_norm": math.nan, "loss": math.inf}
+    write_metrics(tmp_path / "metrics.jsonl", rows)
+    assert '"grad_norm": null' in (tmp_path / "metrics.jsonl").read_text()
+    said = str(diagnose(read_log(tmp_path)))
+    assert "The gradient was not finite at 1 logged steps, first at 30." in said
+    assert "The loss was not finite at 1 logged steps, first at 30." in said
+    rows[29] = history()[29] | {"reward": math.nan}
+    write_metrics(tmp_path / "metrics.jsonl", rows)
+    assert "The reward was not finite at 1 logged steps, first at 30." in str(diagnose(read_log(tmp_path)))
 
 
 # ---- what it reads -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from capo_rl import TrustRegion
 from capo_rl.planning.trust_region import (
-    _MEMORY,
+    MEMORY,
     Backtracking,
     CopiedStep,
     RecomputedStep,
@@ -132,7 +132,7 @@ def test_no_step_is_longer_than_the_one_before_it_allows(logs):
     control = steering()
     sharpness = [math.exp(x) for x in logs]
     for before, after, kl in zip(sharpness, sharpness[1:], walk(control, sharpness)[1:], strict=False):
-        assert kl.measured <= 1.0001 * after / before * 1e-3 / (1 - _MEMORY)
+        assert kl.measured <= 1.0001 * after / before * 1e-3 / (1 - MEMORY)
 
 
 def test_the_learning_rate_is_never_above_the_schedules():

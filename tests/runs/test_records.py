@@ -37,6 +37,11 @@ def test_a_run_may_go_on_in_its_own_folder_only(tmp_path):
         check_folder(folder, SETTINGS | {"learning_rate": 1e-3, "seed": 1})
 
 
+def test_a_run_whose_folder_has_its_secrets_still_may_go_on(tmp_path):
+    start_run(tmp_path, SETTINGS | {"hub_token": "abc"})  # as earlier versions wrote it
+    check_folder(tmp_path, SETTINGS | {"hub_token": "(not shown)"})
+
+
 @pytest.mark.parametrize(
     ("there", "asked", "same"),
     [

@@ -125,6 +125,15 @@ def test_settings_are_what_differs_from_the_defaults():
     assert "adam_beta1" not in one
 
 
+def test_settings_have_no_secrets():
+    recipe = read_recipe(QUICKSTART)
+    recipe.data.dataset_name = "https://me:s3cr3t@example.org/a?api_key=s3cr3t"
+    recipe.training.model_init_kwargs = {"token": "s3cr3t"}
+    asked = settings(recipe)
+    assert asked["dataset_name"] == "https://(not shown)@example.org/a?(not shown)"
+    assert asked["model_init_kwargs"] == {"token": "(not shown)"}
+
+
 @pytest.mark.parametrize(
     ("change", "overrides", "message"),
     [

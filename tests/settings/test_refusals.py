@@ -50,8 +50,8 @@ def unseen_backbone(build, tmp_path, monkeypatch):
 
 def something_between(build, tmp_path, monkeypatch):
     trainer = build(**SOME)
-    head = trainer._head
-    trainer._head = lambda model: replace(head(model), scale=2.0)
+    head = trainer.backbone.head
+    trainer.backbone.head = lambda model: replace(head(model), scale=2.0)
     trainer.train()
 
 
@@ -85,7 +85,7 @@ def under_deepspeed(**settings):
     def refuse(build, tmp_path, monkeypatch):
         trainer = build(**settings)
         trainer.is_deepspeed_enabled = True
-        trainer._watch()
+        trainer.prepare_selection()
 
     return refuse
 
@@ -190,6 +190,7 @@ RAISED = {
     "would change the run, and MonitorCallback only watches it": monitor(capo_mode="mask"),
     "not a setting of CAPO's": monitor(capo_hope=1),
     "which watches itself": lambda build, *_: MonitorCallback(build()),
+    "which is what MonitorCallback adds to a trainer": monitor(type("Named", (GRPOTrainer,), {"planner": None})),
     "MonitorCallback watches trl.GRPOTrainer": lambda *_: MonitorCallback(Trainer.__new__(Trainer)),
     "moves weights of a step that DeepSpeed": under_deepspeed(capo_kl_budget=1e-3, capo_kl_control="copy"),
     "shortens a step that DeepSpeed has taken already": under_deepspeed(capo_mode="shorten"),

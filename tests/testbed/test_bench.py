@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import warm
 from capo_rl.settings.recipe import read_recipe
 from capo_rl.testbed.arms import MAIN
 from capo_rl.testbed.bench import BESIDE, CURVES, BenchError, quick, read_bench, read_results, run_bench, slug
+from capo_rl.testbed.drawing import new_figure, save
 from capo_rl.testbed.figures import FIGURES
 from capo_rl.testbed.results import draw_results
 from capo_rl.testbed.tables import TABLES
@@ -166,6 +168,18 @@ def made_up(arm: str, seed: int, final: float) -> dict:
         "test": {"capo/completions": [0, 960], "accuracy": [0.3, final], "perplexity": [9.0, 12.5 + seed]},
         "seconds": {"total": 10.0, "generation": 5.0, "curvature": 1.0, "kl": 0.5},
     }
+
+
+def test_a_curve_has_a_gap_where_a_logarithm_has_no_value(tmp_path):
+    figure, (axes,) = new_figure(1, "")
+    axes.plot([1, 2, 3, 4], [1e-3, 0.0, -1e-3, 1e-2])
+    axes.plot([0, 1], [1.0, 2.0])
+    axes.set(xscale="log", yscale="log")
+    save(figure, tmp_path / "one")
+    assert [np.isfinite(line.get_ydata()).tolist() for line in axes.lines] == [
+        [True, False, False, True],
+        [False, True],
+    ]
 
 
 def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):

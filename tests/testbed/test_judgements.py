@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from dataclasses import fields
 
 import pytest
@@ -15,6 +16,7 @@ from capo_rl.curvature.step import AdamStep
 from capo_rl.planning.planner import MicroBatch
 from capo_rl.planning.trust_region import Steering
 from capo_rl.testbed.judgements import BOUNDS, JUDGEMENTS, Judged, at_length, energy, judge, own_length, share
+from conftest import ROOT
 
 
 def step(lr):
@@ -29,6 +31,15 @@ def test_another_length_is_another_learning_rate():
     ours, theirs = at_length(step(1e-3).shifts, 0.3), step(3e-4).shifts
     for each in fields(Shifts):
         torch.testing.assert_close(getattr(ours, each.name), getattr(theirs, each.name), rtol=1e-3, atol=1e-9)
+
+
+def test_learning_rates_are_read_from_results_that_have_them_and_reckoned_for_those_that_have_not():
+    learning_rates = runpy.run_path(str(ROOT / "experiments" / "judgements.py"))["learning_rates"]
+    curves = {"step": [1, 2, 3, 4], "capo/scale": [1.0, None, 0.5, 1.0]}
+    run = {"curves": curves, "settings": {"learning_rate": 1e-2, "warmup_steps": 0.25}}
+    assert learning_rates(run) == pytest.approx([0.0, 0.0, 3.75e-3, 2.5e-3])
+    curves["capo/learning_rate"] = [1e-5, None, 3e-5, 4e-5]
+    assert learning_rates(run) == [1e-5, 0.0, 3e-5, 4e-5]
 
 
 def share_by_hand(batch):

@@ -106,7 +106,7 @@ def train(folder: str, settings: dict) -> None:
     )
     verdicts: dict[tuple[int, ...], tuple[list[bool], list[float]]] = {}
     figures: list[dict[str, float]] = []
-    select, record = trainer._select, trainer._record
+    select, record = trainer._select, trainer.record_figures
 
     def spy(model, inputs, mask, *rest):
         select(model, inputs, mask, *rest)
@@ -129,7 +129,7 @@ def train(folder: str, settings: dict) -> None:
 
     trainer._compute_loss = compute_loss
     sharded: list[bool] = []
-    head = trainer._head
+    head = trainer.backbone.head
 
     def watched_head(model):
         found = head(model)
@@ -137,9 +137,9 @@ def train(folder: str, settings: dict) -> None:
         sharded.append(isinstance(found.weight, DTensor) or not found.weight.numel())
         return found
 
-    trainer._head = watched_head
+    trainer.backbone.head = watched_head
     trainer._select = spy
-    trainer._record = lambda each: (figures.append(each), record(each))[1]
+    trainer.record_figures = lambda each: (figures.append(each), record(each))[1]
     trainer.train(resume_from_checkpoint=settings.get("resume_from_checkpoint"))
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     rank = trainer.accelerator.process_index

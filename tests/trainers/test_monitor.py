@@ -91,6 +91,12 @@ def test_translated_bounds_are_for_adam_whatever_form_optim_has(build):
         MonitorCallback(trainer, capo_units="translated")
 
 
+def test_what_a_trainer_has_by_a_name_of_ours_is_not_taken_from_it(build):
+    named = type("Named", (GRPOTrainer,), {"backbone": "of its own"})
+    with pytest.raises(TypeError, match="Named has its own backbone"):
+        MonitorCallback(build(named, GRPOConfig))
+
+
 def test_only_a_stock_trainer_can_be_watched(build):
     with pytest.raises(TypeError, match="watches itself"):
         MonitorCallback(build())

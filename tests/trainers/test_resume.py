@@ -16,7 +16,7 @@ SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_h
 
 def final(trainer) -> dict[str, torch.Tensor]:
     tensors = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    tensors["completions"] = torch.tensor(trainer._completions)
+    tensors["completions"] = torch.tensor(trainer.completions)
     if trainer.planner is not None:
         tensors |= trainer.planner.step.state_dict()
         tensors["accepted"] = torch.tensor(trainer.planner.accepted_tokens)

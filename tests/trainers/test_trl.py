@@ -14,6 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer, Thresholds
 from capo_rl.planning.updates import Moved
+from capo_rl.trainers.step_choice import torch_optimizer
 from conftest import make_model, wants_even_words
 
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
@@ -154,19 +155,19 @@ def test_measured_kl_is_that_of_the_whole_model(build):
     seen = {}
 
     def full_log_policy():
-        forward, mask = trainer._measuring.forwards[0].run, trainer._measuring.forwards[0].mask
+        forward, mask = trainer.measuring.forwards[0].run, trainer.measuring.forwards[0].mask
         ids, length = forward.keywords["input_ids"], mask.shape[1]
         logits = trainer.model(input_ids=ids, attention_mask=forward.keywords["attention_mask"]).logits
         return (logits[:, :-1][:, -length:][mask] / trainer.args.temperature).log_softmax(-1).detach()
 
     trainer.add_callback(Watch(lambda: seen.update(before=full_log_policy())))
-    measure = trainer._after_step
+    measure = trainer.optimizer_steps.measure_kl
 
-    def after_step():
+    def measure_kl():
         seen["after"] = full_log_policy()
-        measure()
+        return measure()
 
-    trainer._after_step = after_step
+    trainer.optimizer_steps.measure_kl = measure_kl
     (entry,) = logs(trainer)
     kl = (seen["before"].exp() * (seen["before"] - seen["after"])).sum(-1).mean()
     assert entry["capo/kl/measured"] == pytest.approx(float(kl), rel=1e-4)
@@ -352,12 +353,12 @@ def test_a_step_of_momentum_alone_teaches_the_control_nothing(build):
     )
     entries = logs(trainer)
     assert all(entry["grad_norm"] == 0 for entry in entries)
-    assert trainer._budget.state_dict() == {"limit": 1e-2, "kl": 0.0, "weight": 0.0}
+    assert trainer.optimizer_steps.budget.state_dict() == {"limit": 1e-2, "kl": 0.0, "weight": 0.0}
 
 
 def test_ten_steps_undone_in_a_row_are_told(build, caplog):
     trainer = build(capo_mode="trust_region", max_steps=12)
-    trainer._measure_kl = lambda: Moved(math.inf, torch.ones(2))
+    trainer.optimizer_steps.measure_kl = lambda: Moved(math.inf, torch.ones(2))
     entries = logs(trainer)
     assert all(entry["capo/kl/fraction"] == 0 for entry in entries)
     assert "10 steps in a row were over the budget of 0.005 nats" in caplog.text
@@ -366,18 +367,18 @@ def test_ten_steps_undone_in_a_row_are_told(build, caplog):
 def test_kl_is_sampled_where_the_advantages_are_largest(build):
     trainer = build(capo_mode="trust_region", capo_watch=True, capo_kl_sample=0.5, max_steps=1)
     seen = []
-    measure = trainer._measure_kl
+    measure = trainer.optimizer_steps.measure_kl
 
     def spy():
         seen.append(
             [
                 (forward.sample, batch)
-                for forward, batch in zip(trainer._measuring.forwards, planner.micro_batches, strict=True)
+                for forward, batch in zip(trainer.measuring.forwards, planner.micro_batches, strict=True)
             ]
         )
         return measure()
 
-    planner, trainer._measure_kl = trainer.planner, spy
+    planner, trainer.optimizer_steps.measure_kl = trainer.planner, spy
     trainer.train()
     for sample, batch in seen[0]:
         inside, outside = batch.advantages[sample].abs(), batch.advantages[~sample].abs()
@@ -502,11 +503,11 @@ def test_the_step_model_stands_still_where_a_loss_scaler_skips_the_optimizer(bui
     trainer = build(capo_mode=mode, max_steps=4, max_grad_norm=max_grad_norm, capo_top_k=None, **OPEN)
     accelerator = trainer.accelerator  # Accelerate has fp16 for accelerators only: what matters of it, on a CPU
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    accelerator.unscale_gradients = lambda optimizer=None: accelerator.scaler.unscale_(trainer._optimizer())
+    accelerator.unscale_gradients = lambda optimizer=None: accelerator.scaler.unscale_(torch_optimizer(trainer))
     poison(trainer, step=2)
     entries = logs(trainer)
     head = trainer.model.lm_head.weight
-    state = trainer._optimizer().state[head]
+    state = torch_optimizer(trainer).state[head]
     p, q = trainer.planner.step.moments(torch.arange(len(head)))
     assert accelerator.scaler.get_scale() == 4.0
     assert trainer.planner.step.steps == int(state["step"]) == 3
@@ -524,13 +525,13 @@ def test_a_control_hears_nothing_of_a_step_that_was_skipped(build, control):
     heard = []
 
     def listen(name):
-        call = getattr(trainer._budget, name)
+        call = getattr(trainer.optimizer_steps.budget, name)
 
         def spy(*args, **kwargs):
             heard.append((trainer.state.global_step, name))
             return call(*args, **kwargs)
 
-        setattr(trainer._budget, name, spy)
+        setattr(trainer.optimizer_steps.budget, name, spy)
 
     for name in ("before_step", "after_step"):
         listen(name)
@@ -544,7 +545,7 @@ def test_a_control_hears_nothing_of_a_step_that_was_skipped(build, control):
 def test_the_learning_rate_that_was_used_is_logged(build):
     trainer = build(capo_kl_budget=1e-3, capo_kl_control="learning_rate", **OPEN)
     used = []
-    trainer.add_callback(Watch(lambda: used.append(trainer._optimizer().param_groups[0]["lr"])))
+    trainer.add_callback(Watch(lambda: used.append(torch_optimizer(trainer).param_groups[0]["lr"])))
     entries = logs(trainer)
     assert all(entry["learning_rate"] == 1e-2 for entry in entries)
     assert [entry["capo/learning_rate"] for entry in entries] == used
@@ -615,8 +616,8 @@ def test_a_loss_that_ignores_the_mask_raises(build):
 
 def test_hidden_states_that_are_not_those_of_the_loss_raise(build):
     trainer = build(**SOME)
-    head = trainer._head
-    trainer._head = lambda model: replace(head(model), scale=2.0)
+    head = trainer.backbone.head
+    trainer.backbone.head = lambda model: replace(head(model), scale=2.0)
     with pytest.raises(RuntimeError, match="differ from the loss's"):
         trainer.train()
 
@@ -825,7 +826,7 @@ def test_a_training_broken_off_in_the_middle_of_a_step_leaves_nothing_to_the_nex
 
     trainer._compute_loss = interrupted
     trainer.add_callback(
-        Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer._measuring.forwards))))
+        Watch(lambda: seen.append((len(trainer.planner.micro_batches), len(trainer.measuring.forwards))))
     )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()

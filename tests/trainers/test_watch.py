@@ -74,7 +74,7 @@ def test_a_step_without_tokens_and_one_without_advantages_are_the_same_too(build
     assert_same_run(runs)
     assert [entry["capo/steps_skipped"] for entry in runs[1][1]] == [0, 1, 1, 1]
     assert runs[1][1][2]["grad_norm"] == 0
-    one, other = (trainer._budget.state_dict() for trainer, _ in runs)
+    one, other = (trainer.optimizer_steps.budget.state_dict() for trainer, _ in runs)
     assert one == other
 
 
@@ -90,7 +90,7 @@ def test_nothing_of_the_last_layer_is_computed_beside_the_measured_tokens(build,
     """By default half of what a step cost on a GPU went into figures that decide nothing."""
     seen = []
     trainer = build(**HELD | {"max_steps": 2})
-    head = trainer._head
+    head = trainer.backbone.head
 
     def counted(model):
         found = head(model)
@@ -103,7 +103,7 @@ def test_nothing_of_the_last_layer_is_computed_beside_the_measured_tokens(build,
 
         return Counted(found.weight, found.bias, found.scale, found.autocast)
 
-    trainer._head = counted
+    trainer.backbone.head = counted
     for name in ("planner.token_shifts_of", "planner.row_gradient", "step_figures.subset_direction"):
         monkeypatch.setattr(f"capo_rl.planning.{name}", lambda *_, **__: pytest.fail("computed a prediction"))
     entries = logs(trainer)
@@ -155,8 +155,8 @@ def test_a_run_goes_on_with_the_other(build, tmp_path, caplog, first):
 
 def test_hidden_states_that_are_not_those_of_the_loss_raise(build):
     trainer = build(**HELD)
-    head = trainer._head
-    trainer._head = lambda model: replace(head(model), scale=2.0)
+    head = trainer.backbone.head
+    trainer.backbone.head = lambda model: replace(head(model), scale=2.0)
     with pytest.raises(RuntimeError, match="differ from the loss's"):
         trainer.train()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import linear
@@ -23,26 +24,27 @@ from capo_rl.curvature.last_layer import LastLayer, blocks, compute_dtype, likel
 class Head:
     """Logits z = scale · (W h + b), before temperature.
 
-    weight [V, d] and bias [V] or None: plain, sharded by rows (FSDP2), or partitioned by DeepSpeed (ZeRO-3). A sharded
-    head makes `last_layer` and `log_pi` collective. The projection runs in the weight's dtype, within `autocast`.
+    Weight and bias are plain, sharded by rows (FSDP2), or partitioned by DeepSpeed (ZeRO-3, where they are empty until
+    they are gathered). A sharded head makes `last_layer` and `log_pi` collective. The projection runs in the weight's
+    dtype, within `autocast`.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    weight: Float[Tensor, "vocabulary d"]
+    bias: Float[Tensor, "vocabulary"] | None = None
     scale: float = 1.0
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
     @torch.no_grad()
     def last_layer(
         self,
-        hidden: Tensor,
-        actions: Tensor,
+        hidden: Float[Tensor, "tokens d"],
+        actions: Int[Tensor, "tokens"],
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> LastLayer:
-        """`last_layer.last_layer` for the logits of `hidden` [N, d]."""
+        """`last_layer.last_layer` for the logits of `hidden`."""
         tokens = len(hidden)
         vocabulary = getattr(self.weight, "ds_shape", self.weight.shape)[0]  # DeepSpeed's partitioned weight is empty
         k = vocabulary if top_k is None else min(top_k, vocabulary)
@@ -73,8 +75,10 @@ class Head:
         return on_support(hidden, support, top, z_action, log_normaliser, actions, temperature, whole, top_p)
 
     @torch.no_grad()
-    def log_pi(self, hidden: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
-        """log π at some vocabulary rows of each token; hidden [N, d], rows [N, k]."""
+    def log_pi(
+        self, hidden: Float[Tensor, "tokens d"], rows: Int[Tensor, "tokens k"], temperature: float = 1.0
+    ) -> Float[Tensor, "tokens k"]:
+        """log π at some vocabulary rows of each token."""
         dtype = compute_dtype(self.weight.dtype)
         log_normaliser = torch.full((len(hidden),), -torch.inf, dtype=dtype, device=hidden.device)
         z_rows = torch.zeros(rows.shape, dtype=log_normaliser.dtype, device=hidden.device)

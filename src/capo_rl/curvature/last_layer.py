@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -65,38 +66,38 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class LastLayer:
     """The last layer at N tokens, on the k vocabulary rows that carry probability there.
 
-    hidden [N, d]      h, the input of the output head
-    support [N, k]     vocabulary rows: the top k of π and the sampled token (Section 4.1), or all of them
-    pi [N, k]          π on the support
-    u [N, k]           (e_a − π) / T on the support
-    missing_mass [N]   1 − Σ_support π: the probability the support leaves out
-    log_pi_a [N]       log π(a)
-    temperature        T
-    sizes [N]          how many entries each token's support has, where they differ: those first in its row, likeliest
-                       before others; behind them stands the sampled row with π = u = 0, which adds nothing to any sum
+    hidden         h, the input of the output head
+    support        vocabulary rows: the top k of π and the sampled token (Section 4.1), or all of them
+    pi             π on the support
+    u              (e_a − π) / T on the support
+    missing_mass   1 − Σ_support π: the probability the support leaves out
+    log_pi_a       log π(a)
+    temperature    T
+    sizes          how many entries each token's support has, where they differ: those first in its row, likeliest
+                   before others; behind them stands the sampled row with π = u = 0, which adds nothing to any sum
     """
 
-    hidden: Tensor
-    support: Tensor
-    pi: Tensor
-    u: Tensor
-    missing_mass: Tensor
-    log_pi_a: Tensor
+    hidden: Float[Tensor, "tokens d"]
+    support: Int[Tensor, "tokens k"]
+    pi: Float[Tensor, "tokens k"]
+    u: Float[Tensor, "tokens k"]
+    missing_mass: Float[Tensor, "tokens"]
+    log_pi_a: Float[Tensor, "tokens"]
     temperature: float
-    sizes: Tensor | None = None
+    sizes: Int[Tensor, "tokens"] | None = None
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
     @property
-    def entries(self) -> Tensor | None:
-        """Which entries of the supports [N, k] are more than filling; None: all."""
+    def entries(self) -> Bool[Tensor, "tokens k"] | None:
+        """Which entries of the supports are more than filling; None: all."""
         if self.sizes is None:
             return None
         return torch.arange(self.support.shape[1], device=self.sizes.device) < self.sizes[:, None]
 
-    def __getitem__(self, tokens: Tensor) -> LastLayer:
-        """The same model at some of the tokens: a boolean mask or indices [M]."""
+    def __getitem__(self, tokens: Bool[Tensor, "tokens"] | Int[Tensor, "some"]) -> LastLayer:
+        """The same model at some of the tokens: a boolean mask or indices."""
         return LastLayer(
             self.hidden[tokens],
             self.support[tokens],
@@ -135,10 +136,12 @@ def check_tokens(hidden: Tensor, actions: Tensor, advantages: Tensor, temperatur
         raise ValueError(f"temperature={temperature} must be above 0: the model differentiates the sampled softmax")
 
 
-def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tuple[slice, Tensor]]:
+def logit_chunks(
+    logits: Float[Tensor, "tokens vocabulary"] | Iterable[Tensor], tokens: int
+) -> Iterator[tuple[slice, Tensor]]:
     """The logits a few rows at a time, each with the tokens it belongs to.
 
-    A tensor [N, V] is cut into blocks of bounded size; an iterable of [n, V] tensors, whose rows follow one another,
+    A tensor is cut into blocks of bounded size; an iterable of tensors [n, V], whose rows follow one another,
     is taken as it comes, so that a caller who projects on the fly never holds [N, V].
 
     Raises `ValueError` if the rows do not add up to the number of tokens.
@@ -157,9 +160,9 @@ def logit_chunks(logits: Tensor | Iterable[Tensor], tokens: int) -> Iterator[tup
 
 
 def last_layer(
-    hidden: Tensor,
-    logits: Tensor,
-    actions: Tensor,
+    hidden: Float[Tensor, "tokens d"],
+    logits: Float[Tensor, "tokens vocabulary"],
+    actions: Int[Tensor, "tokens"],
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -167,9 +170,9 @@ def last_layer(
 ) -> LastLayer:
     """The last layer at N tokens on its support: the `top_k` likeliest rows and the sampled one.
 
-    hidden [N, d], logits [N, V] before temperature, actions [N]. With `top_k` None or at least V the support is
-    the whole vocabulary. Otherwise it has k + 1 columns; where the sampled token is among the top k already, its
-    second entry carries π = u = 0, which adds nothing to any sum.
+    The logits are those before temperature. With `top_k` None or at least V the support is the whole vocabulary.
+    Otherwise it has k + 1 columns; where the sampled token is among the top k already, its second entry carries
+    π = u = 0, which adds nothing to any sum.
 
     With `top_p` below 1 it is the fewest of those rows that have so much probability, and the sampled one:
 
@@ -191,8 +194,12 @@ def last_layer(
 
 
 @torch.no_grad()
-def log_pi_of(logits: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
-    """log π at some vocabulary rows [N, k] of each token, from its logits [N, V].
+def log_pi_of(
+    logits: Float[Tensor, "tokens vocabulary"] | Iterable[Tensor],
+    rows: Int[Tensor, "tokens k"],
+    temperature: float = 1.0,
+) -> Float[Tensor, "tokens k"]:
+    """log π at some vocabulary rows of each token, from its logits.
 
     >>> log_pi_of(torch.zeros(1, 2), torch.tensor([[1]])).exp()
     tensor([[0.5000]])
@@ -204,8 +211,10 @@ def log_pi_of(logits: Tensor, rows: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.cat(parts)
 
 
-def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of z [N, V] and their columns, [N, k] each, in no order; a NaN is larger than all.
+def likeliest(
+    z: Float[Tensor, "tokens vocabulary"], k: int
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """The k largest of each row of z and their columns, in no order; a NaN is larger than all.
 
     >>> likeliest(torch.tensor([[1.0, 3.0, 2.0]]), 1)
     (tensor([[3.]]), tensor([[1]]))
@@ -220,20 +229,20 @@ def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def on_support(
-    hidden: Tensor,
-    support: Tensor,
-    top: Tensor,
-    z_action: Tensor,
-    log_normaliser: Tensor,
-    actions: Tensor,
+    hidden: Float[Tensor, "tokens d"],
+    support: Int[Tensor, "tokens k"],
+    top: Float[Tensor, "tokens k"],
+    z_action: Float[Tensor, "tokens"],
+    log_normaliser: Float[Tensor, "tokens"],
+    actions: Int[Tensor, "tokens"],
     temperature: float,
     whole: bool,
     top_p: float | None = None,
 ) -> LastLayer:
     """The last layer from the logits over T at the likeliest rows, at the action, and log Σ exp of them all.
 
-    support and top [N, k]: the k likeliest rows, or with `whole` all of them, and their logits; the others [N]. A
-    `top_p` of 1 takes them all, whatever they sum to when rounded.
+    `support` and `top` are the k likeliest rows, or with `whole` all of them, and their logits. A `top_p` of 1 takes
+    them all, whatever they sum to when rounded.
     """
     sizes = None
     top_p = None if top_p == 1 else top_p
@@ -282,16 +291,16 @@ def on_support(
 class SupportRows:
     """Which vocabulary rows the tokens of each subset support: one sort, shared by every gradient over these tokens.
 
-    rows [P]      the vocabulary row of each (subset, row) pair that some token of the subset supports
-    pair [N, k]   which pair a token's support entry belongs to; 0 for one that only fills
-    order [E]     the E support entries sorted by pair, and start [P + 1], where each pair begins among them
+    rows          the vocabulary row of each (subset, row) pair that some token of the subset supports
+    pair          which pair a token's support entry belongs to; 0 for one that only fills
+    order         the support entries sorted by pair, and start, where each pair begins among them
     processes     whose tokens these are: this one's own (None), or its share of those of several
     """
 
-    rows: Tensor
-    pair: Tensor
-    order: Tensor
-    start: Tensor
+    rows: Int[Tensor, "pairs"]
+    pair: Int[Tensor, "tokens k"]
+    order: Int[Tensor, "entries"]
+    start: Int[Tensor, "pairs+1"]
     processes: Processes | None = None
 
     def over(self, processes: Processes) -> SupportRows:
@@ -308,8 +317,8 @@ class SupportRows:
         return SupportRows(rows, at[self.pair], self.order, start, processes)
 
 
-def support_rows(layer: LastLayer, subsets: Tensor | None = None) -> SupportRows:
-    """The rows of each subset of tokens; subsets [N] holds each token's subset number, None means one of all tokens."""
+def support_rows(layer: LastLayer, subsets: Int[Tensor, "tokens"] | None = None) -> SupportRows:
+    """The rows of each subset of tokens; `subsets` holds each token's subset number, None means one of all tokens."""
     key = layer.support
     vocabulary = 0
     if subsets is not None and key.numel():
@@ -341,22 +350,22 @@ def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
 class RowGradient:
     """A last-layer gradient for each subset of tokens, Σ_i w_i u_i h_iᵀ, by vocabulary row and a few rows at a time.
 
-    rows [P]         the vocabulary row of each pair of `SupportRows`
-    start [P + 1]    where each pair begins among the entries
-    tokens [E]       the token i of each entry, and values [E], its w_i u_ij
-    hidden [N, d]
+    rows             the vocabulary row of each pair of `SupportRows`
+    start            where each pair begins among the entries
+    tokens           the token i of each entry, and values, its w_i u_ij
+    hidden           h of each token
     processes        over which the sum over i runs; None for this one alone
     """
 
-    rows: Tensor
-    start: Tensor
-    tokens: Tensor
-    values: Tensor
-    hidden: Tensor
+    rows: Int[Tensor, "pairs"]
+    start: Int[Tensor, "pairs+1"]
+    tokens: Int[Tensor, "entries"]
+    values: Float[Tensor, "entries"]
+    hidden: Float[Tensor, "tokens d"]
     processes: Processes | None = None
 
-    def part(self, pairs: slice) -> Tensor:
-        """The gradient at some of the pairs, [P', d]."""
+    def part(self, pairs: slice) -> Float[Tensor, "some d"]:
+        """The gradient at some of the pairs."""
         own = self._own(pairs)
         return own if self.processes is None else self.processes.total(own)
 
@@ -374,10 +383,10 @@ class RowGradient:
         )
 
 
-def row_gradient(layer: LastLayer, weights: Tensor, rows: SupportRows | None = None) -> RowGradient:
+def row_gradient(layer: LastLayer, weights: Float[Tensor, "tokens"], rows: SupportRows | None = None) -> RowGradient:
     """Σ_i w_i u_i h_iᵀ over the tokens of each subset (Eq. 7 with w = A / |b|), in sparse form.
 
-    weights [N]; `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
+    `rows`: the subsets' rows, by default those of one subset of all tokens. The dense gradient has V·d
     entries a subset; this keeps the E ≤ N·k weights and lets the caller take a few rows.
     """
     rows = support_rows(layer) if rows is None else rows

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -33,7 +34,7 @@ class Processes:
         taken, self.bytes = self.bytes, 0
         return taken
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over processes of a tensor that has the same shape in each."""
         return self._reduced(values.clone(), dist.ReduceOp.SUM) if self.count > 1 else values
 
@@ -50,8 +51,8 @@ class Processes:
         self.bytes += sent.nbytes
         return float(sent)
 
-    def gather(self, values: Tensor) -> Tensor:
-        """The entries of all processes, [n, ...] with another n in each, after one another in the processes' order."""
+    def gather(self, values: Shaped[Tensor, "own *rest"]) -> Shaped[Tensor, "all *rest"]:
+        """The entries of all processes, another number in each, after one another in the processes' order."""
         if self.count == 1:
             return values
         lengths = self.total(self._mine(torch.tensor(len(values), device=values.device)))
@@ -62,8 +63,8 @@ class Processes:
         self.bytes += padded.nbytes
         return torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
 
-    def union(self, rows: Tensor) -> Tensor:
-        """The vocabulary rows, [P] ascending in each process, that at least one process has; one byte a row travels."""
+    def union(self, rows: Int[Tensor, "own"]) -> Int[Tensor, "all"]:
+        """The vocabulary rows, ascending in each process, that at least one process has; one byte a row travels."""
         if self.count == 1:
             return rows
         has = torch.zeros(

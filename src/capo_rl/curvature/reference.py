@@ -9,29 +9,50 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def log_policy(weight: Tensor, hidden: Tensor, temperature: float) -> Tensor:
-    """log π [N, V] of the softmax policy with head `weight` [V, d] at hidden states [N, d]."""
+def log_policy(
+    weight: Float[Tensor, "vocabulary d"], hidden: Float[Tensor, "tokens d"], temperature: float
+) -> Float[Tensor, "tokens vocabulary"]:
+    """log π of the softmax policy with head `weight` at hidden states."""
     return torch.log_softmax(hidden @ weight.T / temperature, dim=-1)
 
 
-def objective(weight: Tensor, hidden: Tensor, actions: Tensor, advantages: Tensor, temperature: float) -> Tensor:
+def objective(
+    weight: Float[Tensor, "vocabulary d"],
+    hidden: Float[Tensor, "tokens d"],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
+    temperature: float,
+) -> Float[Tensor, ""]:
     """The mean over tokens of A π(a)/π_now(a), whose gradient is Eq. 7 and whose Hessian is Eq. 8."""
     taken = log_policy(weight, hidden, temperature)[torch.arange(len(actions)), actions]
     return (advantages * (taken - taken.detach()).exp()).mean()
 
 
-def gradient(weight: Tensor, hidden: Tensor, actions: Tensor, advantages: Tensor, temperature: float) -> Tensor:
-    """∇_W of `objective`, [V, d]."""
+def gradient(
+    weight: Float[Tensor, "vocabulary d"],
+    hidden: Float[Tensor, "tokens d"],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
+    temperature: float,
+) -> Float[Tensor, "vocabulary d"]:
+    """∇_W of `objective`."""
     leaf = weight.detach().clone().requires_grad_()
     (grad,) = torch.autograd.grad(objective(leaf, hidden, actions, advantages, temperature), leaf)
     return grad
 
 
-def hessian(weight: Tensor, hidden: Tensor, actions: Tensor, advantages: Tensor, temperature: float) -> Tensor:
-    """∇²_W of `objective` (Eq. 8), [V·d, V·d]."""
+def hessian(
+    weight: Float[Tensor, "vocabulary d"],
+    hidden: Float[Tensor, "tokens d"],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
+    temperature: float,
+) -> Float[Tensor, "vocabulary*d vocabulary*d"]:
+    """∇²_W of `objective` (Eq. 8)."""
 
     def of_vector(psi: Tensor) -> Tensor:
         # the ratio's denominator stays at the present policy while the numerator is differentiated twice
@@ -42,8 +63,14 @@ def hessian(weight: Tensor, hidden: Tensor, actions: Tensor, advantages: Tensor,
     return torch.autograd.functional.hessian(of_vector, weight.detach().reshape(-1))
 
 
-def fisher(weight: Tensor, hidden: Tensor, actions: Tensor, temperature: float, kind: str = "sampled") -> Tensor:
-    """The Fisher matrix of the last layer, [V·d, V·d].
+def fisher(
+    weight: Float[Tensor, "vocabulary d"],
+    hidden: Float[Tensor, "tokens d"],
+    actions: Int[Tensor, "tokens"],
+    temperature: float,
+    kind: str = "sampled",
+) -> Float[Tensor, "vocabulary*d vocabulary*d"]:
+    """The Fisher matrix of the last layer.
 
     `sampled` (Eq. 9, 58): the mean of the scores' outer products at the actions taken.
     `expected`: the Hessian at zero of the mean KL(π ‖ π_ΔW), which has the expectation over actions taken exactly.
@@ -63,7 +90,11 @@ def fisher(weight: Tensor, hidden: Tensor, actions: Tensor, temperature: float, 
     return jacobian.T @ jacobian / len(actions)
 
 
-def optimizer_step(weight: Tensor, grad: Tensor, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> Tensor:
+def optimizer_step(
+    weight: Float[Tensor, "vocabulary d"],
+    grad: Float[Tensor, "vocabulary d"],
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+) -> Float[Tensor, "vocabulary d"]:
     """ΔW of one ascent step that a `torch.optim` optimizer takes from `weight` along `grad`.
 
     `optimizer` builds it for a list of parameters and may load a state into it; it minimises, so it is handed −grad.
@@ -75,15 +106,15 @@ def optimizer_step(weight: Tensor, grad: Tensor, optimizer: Callable[[list[Tenso
 
 
 def subset_shifts(
-    weight: Tensor,
-    hidden: Tensor,
-    actions: Tensor,
-    advantages: Tensor,
+    weight: Float[Tensor, "vocabulary d"],
+    hidden: Float[Tensor, "tokens d"],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
     *,
     temperature: float = 1.0,
     kind: str = "sampled",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, "vocabulary d"]]:
     """m_H, m_F (Eq. 10) and ΔW for one subset of tokens, in float64 and from dense matrices."""
     weight, hidden, advantages = weight.double(), hidden.double(), advantages.double()
     grad = gradient(weight, hidden, actions, advantages, temperature)

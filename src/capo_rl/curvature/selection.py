@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ def check_bounds(
         raise ValueError(f"{names[1]}={low} and {names[2]}={high}: the lower bound is above the upper; swap them")
 
 
-def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
+def select(shifts: Shifts, thresholds: Thresholds) -> Bool[Tensor, "entries"]:
     """Keep-mask of Eq. 11: δ_H ≤ m_H ≤ δ_H^high and m_F ≤ δ_F.
 
     A NaN or infinite shift is never kept, whatever the thresholds; `Shifts.nonfinite` counts them.
 
-    Returns a boolean tensor of the shape of `shifts.m_f`: [N] for tokens, [B] for subsets (spread a subset's
-    verdict over its tokens with `keep[subsets]`).
+    One verdict for each entry of `shifts`, token or subset (spread a subset's over its tokens with `keep[subsets]`).
 
     >>> from capo_rl.curvature.shifts import Shifts
     >>> m_f = torch.tensor([0.0, 1.0, float("nan")])
@@ -86,9 +86,11 @@ def select(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return keep
 
 
-def subset_numbers(granularity: str, mask: Tensor, groups: Tensor | None = None) -> Tensor | None:
-    """Which subset each of the n tokens of mask [B, T] belongs to, [n] numbered without a gap, or None where each
-    stands for itself: a `token`, `sequence`, `group` or `batch`. `groups` [B] are the sequences' group numbers.
+def subset_numbers(
+    granularity: str, mask: Bool[Tensor, "sequences time"], groups: Int[Tensor, "sequences"] | None = None
+) -> Int[Tensor, "tokens"] | None:
+    """Which subset each of the tokens of the mask belongs to, numbered without a gap, or None where each
+    stands for itself: a `token`, `sequence`, `group` or `batch`. `groups` are the sequences' group numbers.
 
     >>> mask = torch.tensor([[True, True], [False, False], [True, False]])
     >>> subset_numbers("sequence", mask)
@@ -106,13 +108,13 @@ def subset_numbers(granularity: str, mask: Tensor, groups: Tensor | None = None)
     return rows[:, None].expand(mask.shape)[mask].unique(return_inverse=True)[1]
 
 
-def translated(shifts: Shifts, scale: Tensor) -> Shifts:
+def translated(shifts: Shifts, scale: Float[Tensor, "tokens"]) -> Shifts:
     """Token shifts as they would be at the paper's scale, to hold against the paper's bounds at any size of model.
 
         m_F / r²,  m_H / r        r = α ‖h‖₁ / 0.14
 
     A young Adam's step on a token alone is a sign step: s ≈ 2 κ α ‖h‖₁ (1 − π_a) with κ from 0.5 to 1, m_F = ½ s² and
-    m_H ≈ |A| s. So the same bound means another 1 − π_a at another `scale` α ‖h‖₁ [N], which is 0.14 for Qwen2.5-7B at
+    m_H ≈ |A| s. So the same bound means another 1 − π_a at another `scale` α ‖h‖₁, which is 0.14 for Qwen2.5-7B at
     the paper's peak rate. A token of scale 0 keeps its shifts, which are 0. Not in the paper.
 
     >>> from capo_rl.curvature.shifts import Shifts
@@ -124,8 +126,8 @@ def translated(shifts: Shifts, scale: Tensor) -> Shifts:
     return replace(shifts, m_h=shifts.m_h / ratio, m_f=shifts.m_f / ratio.square())
 
 
-def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Tensor:
-    """Weights in [0, 1] in place of a mask, [N]: times its weight, a token's advantage has shifts that are in bounds.
+def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Float[Tensor, "tokens"]:
+    """Weights in [0, 1] in place of a mask: times its weight, a token's advantage has shifts that are in bounds.
 
         w = min(1, √(δ_F / m_F), δ_H^high / m_H or δ_H / m_H)
 
@@ -147,8 +149,8 @@ def soft_weights(shifts: Shifts, thresholds: Thresholds) -> Tensor:
     return weights.where(~shifts.nonfinite, 0)
 
 
-def penalised(advantages: Tensor, shifts: Shifts, penalty: float) -> Tensor:
-    """Advantages in place of a mask, of an objective less `penalty` · m_F for each token, [N].
+def penalised(advantages: Float[Tensor, "tokens"], shifts: Shifts, penalty: float) -> Float[Tensor, "tokens"]:
+    """Advantages in place of a mask, of an objective less `penalty` · m_F for each token.
 
     m_F = ½ s², where s is the planned change of log π(a), so the gradient of A log π'(a) − λ m_F at the planned step is
     that of (A − λ s) log π'(a): a token that the step would move too far is pulled back, in proportion. A token's own
@@ -166,10 +168,15 @@ def penalised(advantages: Tensor, shifts: Shifts, penalty: float) -> Tensor:
     return (kept.clamp(min=0) * advantages.sign()).where(~shifts.nonfinite, 0)
 
 
-def accepted_mean(loss_type: str, mask: Tensor, keep: Tensor, processes: Processes | None = None) -> Tensor:
+def accepted_mean(
+    loss_type: str,
+    mask: Bool[Tensor, "sequences time"],
+    keep: Bool[Tensor, "sequences time"],
+    processes: Processes | None = None,
+) -> Float[Tensor, "factors 1"]:
     """What to multiply advantages by so that a loss's mean over all tokens becomes its mean over accepted ones.
 
-    mask [B, T] marks the completion tokens, keep [B, T] the accepted ones among them. Rejected tokens have an
+    `mask` marks the completion tokens, `keep` the accepted ones among them. Rejected tokens have an
     advantage of zero already, which leaves the denominators at all tokens; the factor is all / accepted
 
         grpo         for each sequence, whose mean is over its own accepted tokens        [B, 1]

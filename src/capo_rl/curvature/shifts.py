@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.kernels import uses_triton
@@ -45,7 +46,7 @@ FISHERS = ("sampled", "expected")
 
 @dataclass(frozen=True)
 class Shifts:
-    """Predicted shifts, one entry for each token [N], or for each subset [B] (then s and c are means over it).
+    """Predicted shifts, one entry for each token, or for each subset (then s and c are means over it).
 
     m_h            objective shift m_H (Eq. 10), in units of the objective
     m_f            policy shift m_F (Eq. 10), in nats
@@ -54,18 +55,18 @@ class Shifts:
     missing_mass   probability outside the support
     """
 
-    m_h: Tensor
-    m_f: Tensor
-    s: Tensor
-    c: Tensor
-    missing_mass: Tensor
+    m_h: Float[Tensor, "entries"]
+    m_f: Float[Tensor, "entries"]
+    s: Float[Tensor, "entries"]
+    c: Float[Tensor, "entries"]
+    missing_mass: Float[Tensor, "entries"]
 
     @property
-    def nonfinite(self) -> Tensor:
+    def nonfinite(self) -> Bool[Tensor, "entries"]:
         """Where m_H or m_F is NaN or infinite: such a token is never kept."""
         return ~(self.m_h.isfinite() & self.m_f.isfinite())
 
-    def __getitem__(self, which: Tensor) -> Shifts:
+    def __getitem__(self, which: Bool[Tensor, "entries"] | Int[Tensor, "some"]) -> Shifts:
         """The shifts at some entries: a boolean mask or indices."""
         return Shifts(*(getattr(self, field.name)[which] for field in fields(self)))
 
@@ -76,10 +77,10 @@ class Shifts:
 
 
 def token_shifts(
-    hidden: Tensor,
-    logits: Tensor | Iterable[Tensor],
-    actions: Tensor,
-    advantages: Tensor,
+    hidden: Float[Tensor, "tokens d"],
+    logits: Float[Tensor, "tokens vocabulary"] | Iterable[Tensor],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
     step: SGDStep | AdamStep,
     *,
     temperature: float = 1.0,
@@ -88,9 +89,9 @@ def token_shifts(
 ) -> Shifts:
     """m_H and m_F of the step each token would take alone: its own gradient g = A u hᵀ, N = 1 in Eq. 58 and 63.
 
-    hidden [N, d]; logits [N, V] before temperature, or an iterable of [n, V] chunks in the order of the tokens;
-    actions [N]; advantages [N]. `top_k=None` takes the whole vocabulary. With `SGDStep` and no `top_k` the closed
-    form of `sgd_token_shifts` is used. No tensor of N·k·d or N·V·d elements is built.
+    The logits are those before temperature, or an iterable of [n, V] chunks in the order of the tokens. `top_k=None`
+    takes the whole vocabulary. With `SGDStep` and no `top_k` the closed form of `sgd_token_shifts` is used. No tensor
+    of N·k·d or N·V·d elements is built.
 
     Raises `ValueError` for shapes that do not fit and for an unknown `fisher`.
 
@@ -114,7 +115,9 @@ def token_shifts(
     return Shifts.cat(parts) if parts else _no_shifts(hidden)
 
 
-def token_shifts_of(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep, fisher: str = "sampled") -> Shifts:
+def token_shifts_of(
+    layer: LastLayer, advantages: Float[Tensor, "tokens"], step: SGDStep | AdamStep, fisher: str = "sampled"
+) -> Shifts:
     """`token_shifts` for a last layer that is already at hand."""
     if isinstance(step, AdamStep) and uses_triton(layer.hidden) and layer.u.dtype == torch.float32:
         s, variance = adam_shifts(
@@ -133,12 +136,12 @@ def token_shifts_of(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamSt
 
 
 def subset_shifts(
-    hidden: Tensor,
-    logits: Tensor | Iterable[Tensor],
-    actions: Tensor,
-    advantages: Tensor,
+    hidden: Float[Tensor, "tokens d"],
+    logits: Float[Tensor, "tokens vocabulary"] | Iterable[Tensor],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
     step: SGDStep | AdamStep,
-    subsets: Tensor,
+    subsets: Int[Tensor, "tokens"],
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -146,8 +149,8 @@ def subset_shifts(
 ) -> Shifts:
     """m_H and m_F of the step each subset of tokens would take: g is the mean over its tokens (Eq. 7, Algorithm 1).
 
-    Arguments as for `token_shifts`; subsets [N] holds each token's subset number in 0..B−1: sequences, groups, or
-    all zero for the whole batch. Returns one entry for each subset [B]; a number that no token has gives NaN.
+    Arguments as for `token_shifts`; `subsets` holds each token's subset number in 0..B−1: sequences, groups, or
+    all zero for the whole batch. Returns one entry for each subset; a number that no token has gives NaN.
 
     Raises `ValueError` as `token_shifts` does, and for negative subset numbers.
     """
@@ -161,7 +164,11 @@ def subset_shifts(
 
 
 def subset_shifts_of(
-    layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep, subsets: Tensor, fisher: str = "sampled"
+    layer: LastLayer,
+    advantages: Float[Tensor, "tokens"],
+    step: SGDStep | AdamStep,
+    subsets: Int[Tensor, "tokens"],
+    fisher: str = "sampled",
 ) -> Shifts:
     """`subset_shifts` for a last layer that is already at hand."""
     if subsets.shape != advantages.shape or (len(subsets) and int(subsets.min()) < 0):
@@ -177,19 +184,24 @@ def subset_shifts_of(
     return Shifts(*(mean(getattr(tokens, field.name)) for field in fields(Shifts)))
 
 
-def token_direction(layer: LastLayer, advantages: Tensor, step: SGDStep | AdamStep) -> Tensor:
-    """v = U h on the support [N, k], for the step U that each token alone would take."""
+def token_direction(
+    layer: LastLayer, advantages: Float[Tensor, "tokens"], step: SGDStep | AdamStep
+) -> Float[Tensor, "tokens k"]:
+    """v = U h on the support, for the step U that each token alone would take."""
     score = advantages.to(layer.u.dtype)[:, None] * layer.u  # g = score hᵀ
     return step.direction(score, layer.hidden, layer.support, layer.sizes)
 
 
 def subset_direction(
-    layer: LastLayer, weights: Tensor, step: SGDStep | AdamStep, rows: SupportRows | None = None
-) -> Tensor:
-    """v = U h on the support [N, k], for the step U of the gradient Σ w_i u_i h_iᵀ of each token's subset.
+    layer: LastLayer,
+    weights: Float[Tensor, "*steps tokens"],
+    step: SGDStep | AdamStep,
+    rows: SupportRows | None = None,
+) -> Float[Tensor, "*steps tokens k"]:
+    """v = U h on the support, for the step U of the gradient Σ w_i u_i h_iᵀ of each token's subset.
 
-    weights [N]: A / |b| gives Eq. 7; the loss's own weights give the update that the optimizer is about to make.
-    Several sets of weights [M, N] give v [M, N, k], one gradient each, for little more than one of them costs.
+    As weights A / |b| gives Eq. 7; the loss's own weights give the update that the optimizer is about to make.
+    Several sets of weights give a v each, for little more than one of them costs.
     `rows`: the subsets' rows, by default those of one subset of all tokens.
     """
     rows = support_rows(layer) if rows is None else rows
@@ -232,8 +244,10 @@ def _multiply_own(v: Tensor, hidden: Tensor, rows: SupportRows, tiles: Iterable[
                 flat[m, entries] = step_rows.index_select(0, at).mul_(h).sum(-1).to(v.dtype)
 
 
-def shifts_along(v: Tensor, layer: LastLayer, advantages: Tensor, fisher: str = "sampled") -> Shifts:
-    """The shifts of each token [N] along a step that changes its logits on the support by v [N, k]."""
+def shifts_along(
+    v: Float[Tensor, "tokens k"], layer: LastLayer, advantages: Float[Tensor, "tokens"], fisher: str = "sampled"
+) -> Shifts:
+    """The shifts of each token along a step that changes its logits on the support by v."""
     advantages = advantages.to(v.dtype)
     mean = (layer.pi * v).sum(-1)
     # Σπv² − (Σπv)² without its cancellation; the second term is the share of the rows outside the support, where
@@ -249,10 +263,10 @@ def shifts_along(v: Tensor, layer: LastLayer, advantages: Tensor, fisher: str = 
 
 
 def sgd_token_shifts(
-    hidden: Tensor,
-    logits: Tensor,
-    actions: Tensor,
-    advantages: Tensor,
+    hidden: Float[Tensor, "tokens d"],
+    logits: Float[Tensor, "tokens vocabulary"],
+    actions: Int[Tensor, "tokens"],
+    advantages: Float[Tensor, "tokens"],
     lr: float,
     temperature: float = 1.0,
     fisher: str = "sampled",

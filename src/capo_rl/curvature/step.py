@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.kernels import uses_triton
@@ -24,12 +25,18 @@ class SGDStep:
 
     lr: float
 
-    def plan(self, gradient: Tensor, rows: Tensor) -> Tensor:
+    def plan(self, gradient: Float[Tensor, "rows d"], rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows d"]:
         """The step on some rows of W, given the gradient there."""
         return self.lr * gradient
 
-    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v = U h = α ‖h‖² score [N, k] for each token's own gradient score hᵀ; score [N, k], hidden [N, d]."""
+    def direction(
+        self,
+        score: Float[Tensor, "tokens k"],
+        hidden: Float[Tensor, "tokens d"],
+        rows: Int[Tensor, "tokens k"],
+        sizes: Int[Tensor, "tokens"] | None = None,
+    ) -> Float[Tensor, "tokens k"]:
+        """v = U h = α ‖h‖² score for each token's own gradient score hᵀ."""
         return self.lr * hidden.to(score.dtype).square().sum(-1, keepdim=True) * score
 
     def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
@@ -81,31 +88,33 @@ class AdamStep:
         return Adam(self.lr * root2 / (1 - self.betas[0] ** (self.steps + 1)), *self.betas, root2 * self.eps)
 
     @property
-    def rows(self) -> Tensor:
-        """The vocabulary rows that have moments, [R], ascending."""
+    def rows(self) -> Int[Tensor, "rows"]:
+        """The vocabulary rows that have moments, ascending."""
         return self._slot.nonzero().squeeze(1)
 
-    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """P and Q at `rows` [R]: two [R, d] tensors, zero for rows never touched."""
+    def moments(self, rows: Int[Tensor, "rows"]) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
+        """P and Q at `rows`, zero for rows never touched."""
         slots = self.slots(rows)
         return self._p.index_select(0, slots), self._q.index_select(0, slots)
 
-    def slots(self, rows: Tensor) -> Tensor:
+    def slots(self, rows: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
         """Where the moments of `rows` are stored; 0 for a row never touched."""
         known = len(self._slot)
         if not known:
             return torch.zeros_like(rows)
         return self._slot[rows.clamp(max=known - 1)].where(rows < known, 0)
 
-    def storage(self, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """P and Q as they are stored, [slots, width], where `slots` points to; a row of zeros before any update."""
+    def storage(
+        self, width: int, like: Tensor
+    ) -> tuple[Float[Tensor, "slots {width}"], Float[Tensor, "slots {width}"]]:
+        """P and Q as they are stored, where `slots` points to; a row of zeros before any update."""
         if self._p.shape[1]:
             return self._p[: self._used], self._q[: self._used]
         zeros = like.new_zeros(1, width)
         return zeros, zeros
 
-    def plan(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        """The step on some rows of W, given the gradient there; gradient [P, d] and rows [P]."""
+    def plan(self, gradient: Float[Tensor, "rows d"], rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows d"]:
+        """The step on some rows of W, given the gradient there."""
         adam = self.planned
         if self.steps:
             gradient = gradient.to(torch.promote_types(gradient.dtype, self._p.dtype))
@@ -117,10 +126,16 @@ class AdamStep:
             q = gradient.square().mul_(1 - adam.beta2)
         return p.div_(square_root(q).add_(adam.eps)).mul_(adam.lr)
 
-    def direction(self, score: Tensor, hidden: Tensor, rows: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """v = U h [N, k] for each token's own gradient score hᵀ; score and rows [N, k], hidden [N, d].
+    def direction(
+        self,
+        score: Float[Tensor, "tokens k"],
+        hidden: Float[Tensor, "tokens d"],
+        rows: Int[Tensor, "tokens k"],
+        sizes: Int[Tensor, "tokens"] | None = None,
+    ) -> Float[Tensor, "tokens k"]:
+        """v = U h for each token's own gradient score hᵀ.
 
-        `sizes` [N]: how many of the first entries of a row count, None: all. What v is at the others is left open.
+        `sizes`: how many of the first entries of a row count, None: all. What v is at the others is left open.
         """
         p, q = self.storage(hidden.shape[1], score)
         slots = self.slots(rows)

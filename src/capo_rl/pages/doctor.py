@@ -12,15 +12,15 @@ way, with |z| > 5. `least` is 1 % of the median, and for the KL of an update 1e-
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from capo_rl.pages.run_log import DoctorError, Log, Series, as_number
+from capo_rl.pages.advice import Change, as_yaml, budget_of, changes_for
+from capo_rl.pages.run_log import DoctorError, Log, Series
 from capo_rl.planning.defaults import KL_BUDGET
 
 
@@ -36,7 +36,6 @@ class Figure(NamedTuple):
 # TRL's names and ours; verl's beside them.
 REWARD = ("reward", "accuracy", "critic/rewards/mean")
 KL = ("capo/kl/measured", "actor/ppo_kl")
-LEARNING_RATE = ("learning_rate", "actor/lr")
 FIGURES = (
     Figure("KL of the updates", KL, least=KL_BUDGET / 5),
     Figure("entropy", ("entropy", "actor/entropy"), falls=True),
@@ -44,20 +43,16 @@ FIGURES = (
     Figure("gradient norm", ("grad_norm", "actor/grad_norm")),
     Figure("m_F", ("capo/batch/m_f",)),
 )
+# What has to be a number at every step that logs it.
+_NUMBERS = (
+    ("reward", REWARD),
+    ("loss", ("loss", "actor/pg_loss")),
+    ("gradient", FIGURES[3].names),
+    ("KL of an update, before any of it was taken back,", ("capo/kl/proposed",)),
+)
 _SIGNIFICANT, _IN_A_ROW, _BASELINE = 5.0, 3, 5
 _FULL = 10  # rewards until the smoothed one spans as many as it should; of one more a fall can be seen
-_STARTED = 50  # steps after which the slow start is over for certain
 _LATE = 7  # rewards at zero that the smoothed one takes to halve
-
-
-@dataclass(frozen=True)
-class Change:
-    """A field of `CAPOConfig` to give another value; None: leave it out, or it is not there."""
-
-    name: str
-    before: Any
-    after: Any
-    why: str
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,9 @@ class Diagnosis:
         lines = []
         for change in self.changes:
             if change.before is not None:
-                lines.append(f"-{change.name}: {_yaml(change.before)}")
+                lines.append(f"-{change.name}: {as_yaml(change.before)}")
             if change.after is not None:
-                lines.append(f"+{change.name}: {_yaml(change.after)}")
+                lines.append(f"+{change.name}: {as_yaml(change.after)}")
             lines[-1] += f"    # {change.why}"
         return lines
 
@@ -113,10 +108,10 @@ def diagnose(log: Log) -> Diagnosis:
             f"The fall itself began up to {_LATE} logged steps before."
         ]
     sentences.extend(_movement(log, death))
-    sentences.extend(_gradients(log))
+    sentences.extend(_not_finite(log))
     kl = log.series(KL)
     sentences.append(_length_of_updates(log, kl))
-    changes = _changes(log, death is not None, kl)
+    changes = changes_for(log, death is not None, kl)
     if death is not None and not changes:
         sentences.append(
             "Nothing to try of CAPO's: its updates stayed short, so look at the reward function, its failures and the "
@@ -202,11 +197,13 @@ def _movement(log: Log, death: int | None) -> Iterator[str]:
         yield f"Not logged: {', '.join(missing)}."
 
 
-def _gradients(log: Log) -> Iterator[str]:
+def _not_finite(log: Log) -> Iterator[str]:
+    """Figures that were no numbers, and steps that were left out."""
+    for title, names in _NUMBERS:
+        wrong = [int(e["step"]) for e in log.entries if not all(math.isfinite(e.get(name, 0.0)) for name in names)]
+        if wrong:
+            yield f"The {title} was not finite at {len(wrong):,} logged steps, first at {wrong[0]}."
     skipped = [entry["capo/steps_skipped"] for entry in log.entries if entry.get("capo/steps_skipped", 0) > 0]
-    wrong = [int(e["step"]) for e in log.entries for name in FIGURES[3].names if not math.isfinite(e.get(name, 0.0))]
-    if wrong:
-        yield f"The gradient was not finite at {len(wrong):,} logged steps, first at {wrong[0]}."
     if skipped:
         yield f"Steps that were skipped: {max(skipped):,.0f} (docs/metrics.md says why that may be)."
 
@@ -218,7 +215,7 @@ def _length_of_updates(log: Log, kl: Series) -> str:
             'How far its updates went is not on record: capo_mode="monitor", or MonitorCallback on a stock '
             "GRPOTrainer, measures it and changes nothing."
         )
-    budget, whose = _budget(log), "its budget"
+    budget, whose = budget_of(log), "its budget"
     if budget is None:
         budget, whose = KL_BUDGET, "the default trust region's; it had none"
         if log.settings is None and log.series(["capo/kl/proposed"]):
@@ -229,61 +226,3 @@ def _length_of_updates(log: Log, kl: Series) -> str:
         f"KL of an update: {fmean(x for _, x in kl):.1e} nats a token on average, {largest:.1e} at most (step {step}); "
         f"{over:,} of {len(kl):,} above {budget:.1e} ({whose})."
     )
-
-
-def _mode(log: Log) -> str | None:
-    """CAPO's mode; None for a trainer that is not CAPO's, "" for one whose settings are not on record."""
-    if log.settings is not None:
-        return str(log.settings.get("capo_mode", "trust_region"))
-    names = {name for entry in log.entries for name in entry}
-    if names & {"capo/kl/proposed", "capo/scale"}:
-        return ""
-    return "monitor" if any(name.startswith("capo/") for name in names) else None
-
-
-def _budget(log: Log) -> float | None:
-    given = as_number((log.settings or {}).get("capo_kl_budget"))
-    return KL_BUDGET if given is None and _mode(log) == "trust_region" else given
-
-
-def _changes(log: Log, dead: bool, kl: Series) -> list[Change]:
-    """What to try next, as a recipe's fields: of a run that lives only what the trust region itself suggests."""
-    mode, settings = _mode(log), log.settings or {}
-    if mode != "trust_region":
-        if not dead or (kl and max(x for _, x in kl) < KL_BUDGET / 10):
-            return []
-        if mode is None:
-            why = "CAPOConfig and CAPOTrainer in place of GRPOConfig and GRPOTrainer; keep the learning rate"
-        else:
-            why = "no token left out, no update further than capo_kl_budget (5e-3); keep the learning rate"
-        switched = [Change("capo_mode", mode or None, "trust_region", why)]
-        for name in ("capo_soft", "capo_penalty"):
-            if settings.get(name):
-                switched.append(Change(name, settings[name], None, "takes the mask's place, and there is none"))
-        if (control := settings.get("capo_kl_control", "learning_rate")) != "learning_rate":
-            switched.append(Change("capo_kl_control", control, "learning_rate", "the mean is held too, not the worst"))
-        return switched
-    if dead:
-        changes = []
-        if (control := settings.get("capo_kl_control", "learning_rate")) != "learning_rate":
-            changes.append(Change("capo_kl_control", control, "learning_rate", "the mean is held too, not the worst"))
-        if (sample := as_number(settings.get("capo_kl_sample", 0.25)) or 0.25) < 1:
-            changes.append(Change("capo_kl_sample", sample, 1.0, "what a sample does not see is not held"))
-        budget = _budget(log) or KL_BUDGET
-        changes.append(Change("capo_kl_budget", budget, _round(budget / 5), "shorter steps"))
-        return changes
-    rates, scales = log.series(LEARNING_RATE), [x for _, x in log.series(["capo/scale"])]
-    late = scales[len(scales) // 2 :]
-    asked = as_number(settings.get("learning_rate")) or max((x for _, x in rates), default=None)
-    if len(scales) >= _STARTED and median(late) > 0.5 and asked:
-        why = f"the trust region left {median(late):.0%} of the rate, so the rate is what holds it back"
-        return [Change("learning_rate", asked, _round(3 * asked), why)]
-    return []
-
-
-def _round(x: float) -> float:
-    return float(f"{x:.1e}")
-
-
-def _yaml(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, bool) else str(value)

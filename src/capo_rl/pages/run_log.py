@@ -63,6 +63,8 @@ def read_log(path: str | Path) -> Log:
                 "export as .jsonl, .json or .csv"
             )
         rows = list(read(source))
+        if source.name == "metrics.jsonl":  # ours, where null is what JSON can't say: NaN or an infinity
+            rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
         settings = _settings(source)
     except (OSError, UnicodeDecodeError, csv.Error, RecursionError) as error:
         raise DoctorError(f"{source}: can't be read ({error}); give the folder of a run") from None

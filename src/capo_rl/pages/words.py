@@ -1,12 +1,11 @@
-"""How a page says what a run's files call by a field's name, and what of them it never shows: secrets."""
+"""How a page says what a run's files call by a field's name."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from capo_rl.pages.page import Named, exact
+from capo_rl.runs.secrets import without_secrets
 
 # Where the name itself, with spaces, would not do.
 _WORDS = {
@@ -48,19 +47,6 @@ _WORDS = {
     "dataset_name": "data",
     "output_dir": "folder",
 }
-_HIDDEN = "(not shown)"
-_SECRET = (
-    r"(?:token|secret|password|passwd|passphrase|credentials?|authorization|(?:api|access|private|secret)[_-]?key)"
-)
-_SECRET_NAME = re.compile(rf"(?:.*[_.-])?{_SECRET}", re.IGNORECASE)
-# A secret by its form, wherever it stands: what services give out, user and password of an address, NAME=VALUE.
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_|sk-|gh[oprsu]_|github_pat_|glpat-|xox[abp]-|AKIA|AIza)[\w-]{8,}"
-    r"|(?<=Bearer )\S+"
-    r"|(?<=://)[^/\s@]+(?=@)"
-    rf"|(?<![a-z]){_SECRET}[\"']?\s*[=:]\s*[\"']?[^\s\"'&,}}]+",
-    re.IGNORECASE,
-)
 
 
 def named(field: str) -> Named:
@@ -78,16 +64,4 @@ def shown(field: str, value: Any) -> str:
     >>> shown("hub_token", "abc"), shown("max_tokens", 5), shown("url", "https://me:pw@host/a?api_key=1&b=2")
     ('(not shown)', '5', 'https://(not shown)@host/a?(not shown)&b=2')
     """
-    return exact(_without_secrets(field, value))
-
-
-def _without_secrets(field: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if _SECRET_NAME.fullmatch(field):
-        return _HIDDEN
-    if isinstance(value, Mapping):
-        return {_SECRET_VALUE.sub(_HIDDEN, str(key)): _without_secrets(str(key), each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets("", each) for each in value]
-    return _SECRET_VALUE.sub(_HIDDEN, value) if isinstance(value, str) else value
+    return exact(without_secrets(value, field))

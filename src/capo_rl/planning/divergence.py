@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_rl.curvature.last_layer import LastLayer
 
 
-def measured_kl(layer: LastLayer, log_pi: Tensor) -> Tensor:
-    """KL(π ‖ π') in nats [N], from the last layer before an update and log π' on its support [N, k] after it.
+def measured_kl(layer: LastLayer, log_pi: Float[Tensor, "tokens k"]) -> Float[Tensor, "tokens"]:
+    """KL(π ‖ π') in nats, from the last layer before an update and log π' on its support after it.
 
     The rows outside the support are taken as one event of probability m, so the figure is a lower bound on the KL
     over the whole vocabulary, and equal to it where the support is the whole. With δ = log π'/π it is summed as

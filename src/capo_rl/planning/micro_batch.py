@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_rl.curvature.last_layer import LastLayer, SupportRows, support_rows
@@ -20,44 +21,46 @@ _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.1
 
 @dataclass
 class Seen:
-    """The n tokens of one forward pass, and the last layer at those of them that `sample` [n] marks, where the update
-    will be measured. `weights` [n] is as in `MicroBatch`."""
+    """The tokens of one forward pass, and the last layer at those of them that `sample` marks, where the update will be
+    measured. `weights` is as in `MicroBatch`."""
 
     layer: LastLayer
-    sample: Tensor
-    weights: Tensor | None = None
+    sample: Bool[Tensor, "tokens"]
+    weights: Float[Tensor, "tokens"] | None = None
 
     @property
     def tokens(self) -> int:
         """How many there are."""
         return len(self.sample)
 
-    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
-        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass, as `MicroBatch.watch`."""
+    def watch(
+        self, log_pi: Float[Tensor, "sequences time"], mask: Bool[Tensor, "sequences time"], loss_scale: float = 1.0
+    ) -> None:
+        """Read `weights` off the gradient of log π(a) in the backward pass, as `MicroBatch.watch`."""
         check_mask(mask, self.tokens)
         _watch(self, log_pi, mask, marked(mask, self.sample), loss_scale)
 
 
 @dataclass
 class MicroBatch:
-    """The n tokens of one forward pass, with their verdicts.
+    """The tokens of one forward pass, with their verdicts.
 
-    `used` [n] are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
+    `used` are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
     of them, and zero elsewhere. `masked` lays them out for a loss.
-    `weights` [n] is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
-    and the share of the micro-batch in the step are all in it. `whole` [n] is the same with nothing rejected, where
-    that differs: every token has its own advantage, under the denominators of all tokens. `sample` [n] marks those on
+    `weights` is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
+    and the share of the micro-batch in the step are all in it. `whole` is the same with nothing rejected, where
+    that differs: every token has its own advantage, under the denominators of all tokens. `sample` marks those on
     which the update will be measured, where it is known already.
     """
 
     layer: LastLayer
-    advantages: Tensor
+    advantages: Float[Tensor, "tokens"]
     shifts: Shifts
-    keep: Tensor
-    used: Tensor
-    weights: Tensor | None = None
-    whole: Tensor | None = None
-    sample: Tensor | None = None
+    keep: Bool[Tensor, "tokens"]
+    used: Float[Tensor, "tokens"]
+    weights: Float[Tensor, "tokens"] | None = None
+    whole: Float[Tensor, "tokens"] | None = None
+    sample: Bool[Tensor, "tokens"] | None = None
     processes: Processes = field(default_factory=Processes)
 
     @property
@@ -65,11 +68,17 @@ class MicroBatch:
         """How many there are."""
         return len(self.keep)
 
-    def masked(self, advantages: Tensor, mask: Tensor, loss_type: str, loss_scale: float = 1.0) -> Tensor:
-        """The advantages [B, T] for a loss to read in place of its own: zero for a rejected token, and the others
+    def masked(
+        self,
+        advantages: Float[Tensor, "sequences time"],
+        mask: Bool[Tensor, "sequences time"],
+        loss_type: str,
+        loss_scale: float = 1.0,
+    ) -> Float[Tensor, "sequences time"]:
+        """The advantages for a loss to read in place of its own: zero for a rejected token, and the others
         multiplied so that the loss's mean over all tokens becomes that over the accepted ones.
 
-        mask [B, T] marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
+        `mask` marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
         takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by `loss_scale`.
         """
         check_mask(mask, self.tokens)
@@ -86,8 +95,10 @@ class MicroBatch:
         written.requires_grad_().register_hook(watch)
         return written
 
-    def watch(self, log_pi: Tensor, mask: Tensor, loss_scale: float = 1.0) -> None:
-        """Read `weights` off the gradient of log π(a) [B, T] in the backward pass; `mask` marks the tokens.
+    def watch(
+        self, log_pi: Float[Tensor, "sequences time"], mask: Bool[Tensor, "sequences time"], loss_scale: float = 1.0
+    ) -> None:
+        """Read `weights` off the gradient of log π(a) in the backward pass; `mask` marks the tokens.
 
         It has to be the tensor that the loss is made of, and the loss still to be made. `loss_scale` is what it is
         multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
@@ -117,8 +128,8 @@ def joined(batches: list[MicroBatch]) -> MicroBatch | None:
     )
 
 
-def marked(mask: Tensor, some: Tensor) -> Tensor:
-    """The mask [B, T] of some of the tokens that `mask` marks.
+def marked(mask: Bool[Tensor, "sequences time"], some: Bool[Tensor, "tokens"]) -> Bool[Tensor, "sequences time"]:
+    """The mask of some of the tokens that `mask` marks.
 
     >>> marked(torch.tensor([[True, False], [True, True]]), torch.tensor([True, False, True]))
     tensor([[ True, False],
@@ -129,7 +140,7 @@ def marked(mask: Tensor, some: Tensor) -> Tensor:
     return of
 
 
-def check_mask(mask: Tensor, tokens: int) -> None:
+def check_mask(mask: Bool[Tensor, "sequences time"], tokens: int) -> None:
     """Raises `ValueError` for a mask that is not of so many tokens."""
     if mask.dtype != torch.bool or int(mask.sum()) != tokens:
         raise ValueError(
@@ -138,8 +149,8 @@ def check_mask(mask: Tensor, tokens: int) -> None:
         )
 
 
-def check_hooked(layer: LastLayer, log_pi: Tensor, half: bool, seen: str, between: str) -> None:
-    """Raises `RuntimeError` where the loss's log π(a) [n] are not those of what a trainer's hooks have seen: `seen`
+def check_hooked(layer: LastLayer, log_pi: Float[Tensor, "tokens"], half: bool, seen: str, between: str) -> None:
+    """Raises `RuntimeError` where the loss's log π(a) are not those of what a trainer's hooks have seen: `seen`
     says what that is, and `between` where something else may lie."""
     error = _difference(layer, log_pi)
     if error > (_TOLERANCE_HALF if half else _TOLERANCE):

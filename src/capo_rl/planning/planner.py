@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
@@ -115,7 +116,13 @@ class Planner(Updates):
         self._lr: Callable[[], float] | None = None  # the optimizer's, where it is known
 
     @classmethod
-    def of(cls, region: TrustRegion, weight: Tensor, thresholds: Thresholds | None = None, **settings: Any) -> Planner:
+    def of(
+        cls,
+        region: TrustRegion,
+        weight: Float[Tensor, "vocabulary d"],
+        thresholds: Thresholds | None = None,
+        **settings: Any,
+    ) -> Planner:
         """A planner for the steps of a region's optimizer, Adam or SGD without momentum, with the constants and the
         learning rate it has for a head's weight.
 
@@ -147,19 +154,19 @@ class Planner(Updates):
     @torch.no_grad()
     def plan(
         self,
-        hidden: Tensor,
-        logits: Tensor | Iterable[Tensor] | Head,
-        actions: Tensor,
-        advantages: Tensor,
-        subsets: Tensor | None = None,
-        sampled_log_pi: Tensor | None = None,
-        sample: Tensor | None = None,
+        hidden: Float[Tensor, "tokens d"],
+        logits: Float[Tensor, "tokens vocabulary"] | Iterable[Tensor] | Head,
+        actions: Int[Tensor, "tokens"],
+        advantages: Float[Tensor, "tokens"],
+        subsets: Int[Tensor, "tokens"] | None = None,
+        sampled_log_pi: Float[Tensor, "tokens"] | None = None,
+        sample: Bool[Tensor, "tokens"] | None = None,
     ) -> MicroBatch:
-        """Predict every token's shift and accept or reject it; `subsets` [n] makes whole subsets stand or fall.
+        """Predict every token's shift and accept or reject it; `subsets` makes whole subsets stand or fall.
 
         The first after `commit` or `skip` begins the next step. Arguments as for `shifts.token_shifts`, or in place of
-        the logits the `Head` that makes them; `sampled_log_pi` [n] where the rollouts are those of an earlier policy.
-        With a `Head`, the tokens that `sample` [n] marks are projected by themselves, as `Updates.look` does: a product
+        the logits the `Head` that makes them; `sampled_log_pi` where the rollouts are those of an earlier policy.
+        With a `Head`, the tokens that `sample` marks are projected by themselves, as `Updates.look` does: a product
         rounds by its shape, and a KL measured on them must not depend on whether the others are looked at.
         """
         self._begin()
@@ -325,5 +332,5 @@ class Planner(Updates):
             figures |= batch_figures(batch, weights, everyone, self.step, self.fisher, weighed, self.processes)
         if weights is not None:  # else the step is left out
             self.accepted_tokens += int(everyone.keep.sum())
-        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0), len(everyone.keep))
+        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0.0), len(everyone.keep))
         return figures

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
@@ -39,11 +40,13 @@ def random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> I
         _set_random_state(devices, before)
 
 
-def sampled_rows(mask: Tensor, advantages: Tensor, share: float) -> Tensor:
-    """Which of the completions of mask [B, T] to measure an update on: a share of those that have tokens, ascending.
+def sampled_rows(
+    mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "tokens"], share: float
+) -> Int[Tensor, "rows"]:
+    """Which of the completions of a mask to measure an update on: a share of those that have tokens, ascending.
 
     Where none has, one is run for form's sake, since with shards all processes have to take part. The gradient moves
-    most what it was made of, so those with the largest advantages [n] are taken: the estimate is rather too large than
+    most what it was made of, so those with the largest advantages are taken: the estimate is rather too large than
     too small.
 
     >>> mask = torch.tensor([[True, True], [True, False], [False, False]])

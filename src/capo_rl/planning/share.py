@@ -15,13 +15,16 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from capo_rl.curvature.last_layer import LastLayer, SupportRows, blocks, row_gradient, support_rows, tile_rows
 
 
-def squared_norms(layer: LastLayer, weights: Tensor, rows: SupportRows | None = None) -> Tensor:
-    """‖Σ_i w_i u_i h_iᵀ‖² [M] for each of M sets of weights [M, N], on the tokens' supports.
+def squared_norms(
+    layer: LastLayer, weights: Float[Tensor, "sets tokens"], rows: SupportRows | None = None
+) -> Float[Tensor, "sets"]:
+    """‖Σ_i w_i u_i h_iᵀ‖² for each set of weights, on the tokens' supports.
 
     `rows`: those of `support_rows`; over all processes where the sum is to run over their tokens, then collective.
 

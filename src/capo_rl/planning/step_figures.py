@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_rl.curvature.last_layer import support_rows
@@ -21,9 +22,9 @@ class Everyone:
     """The shifts, verdicts, advantages and used advantages of a step's tokens in all processes."""
 
     shifts: Shifts
-    keep: Tensor
-    advantages: Tensor
-    used: Tensor
+    keep: Bool[Tensor, "tokens"]
+    advantages: Float[Tensor, "tokens"]
+    used: Float[Tensor, "tokens"]
 
     @classmethod
     def of(cls, batch: MicroBatch, processes: Processes) -> Everyone:
@@ -54,7 +55,7 @@ def token_figures(everyone: Everyone) -> dict[str, float]:
 
 def batch_figures(
     batch: MicroBatch,
-    weights: Tensor | None,
+    weights: Float[Tensor, "tokens"] | None,
     everyone: Everyone,
     step: SGDStep | AdamStep,
     fisher: str,

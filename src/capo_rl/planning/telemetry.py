@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from capo_rl.curvature.shifts import Shifts
@@ -34,7 +35,7 @@ def describe(name: str, shifts: Shifts) -> dict[str, float]:
     return figures
 
 
-def rejections(keep: Tensor, advantages: Tensor) -> dict[str, float]:
+def rejections(keep: Bool[Tensor, "tokens"], advantages: Float[Tensor, "tokens"]) -> dict[str, float]:
     """The share of tokens rejected: of all, and of those with a positive or a negative advantage (NaN if none)."""
     members = torch.stack([torch.ones_like(keep), advantages > 0, advantages < 0])
     shares = ((members & ~keep).sum(1) / members.sum(1)).tolist()
@@ -42,7 +43,7 @@ def rejections(keep: Tensor, advantages: Tensor) -> dict[str, float]:
     return dict(zip(names, shares, strict=True))
 
 
-def missing_mass(mass: Tensor, bound: float) -> dict[str, float]:
+def missing_mass(mass: Float[Tensor, "tokens"], bound: float) -> dict[str, float]:
     """How much probability the supports leave out, and how many tokens miss more than `bound`."""
     if not len(mass):
         return {}
@@ -50,8 +51,8 @@ def missing_mass(mass: Tensor, bound: float) -> dict[str, float]:
     return dict(zip(names, torch.stack([mass.mean(), mass.max(), (mass > bound).sum()]).tolist(), strict=True))
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
-    """Spearman's rank correlation of two [N] tensors over the entries where both are finite; NaN for a constant.
+def rank_correlation(one: Float[Tensor, "tokens"], other: Float[Tensor, "tokens"]) -> float:
+    """Spearman's rank correlation of two columns over the entries where both are finite; NaN for a constant.
 
     >>> rank_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3]))
     1.0

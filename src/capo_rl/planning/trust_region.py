@@ -34,9 +34,10 @@ Measure = Callable[[], float]
 
 # Aim a little under the budget: at the budget itself rounding would ask for try after try.
 _AIM = 0.9
-# Of the steered learning rate: the mean KL it aims at, as a share of the budget; what is left of the mean's old values
-# at each step; how much longer a step may be than the one before it; what is left after one whose KL was no number.
-_MEAN, _MEMORY, _GROWTH, _SHRINK = 0.1, 0.8, 2.0, 0.1
+# Of the steered learning rate: what is left of the mean's old values at each step; the mean KL it aims at, as a share
+# of the budget; how much longer a step may be than the one before it; what is left after one whose KL was no number.
+MEMORY = 0.8
+_MEAN, _GROWTH, _SHRINK = 0.1, 2.0, 0.1
 _FLOOR = 1e-20  # of the learning rate, from which it can double its way back
 # The share of a budget above which the KL of no step at all makes the budget meaningless.
 _NOISE = 0.05
@@ -208,7 +209,7 @@ class Steering:
 
     def __init__(self, budget: float, first: float, way: Callable[[Optimizer], Way] | None) -> None:
         self.budget, self.limit = budget, first
-        self._way = way
+        self.way = way
         self._step: Way | None = None
         self._kl = self._weight = 0.0
 
@@ -218,7 +219,7 @@ class Steering:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """The step is about to be taken: keep the way back."""
-        self._step = None if self._way is None else self._way(optimizer)
+        self._step = None if self.way is None else self.way(optimizer)
 
     def after_step(self, lr: float, measure: Measure, informative: bool = True) -> Shortened:
         """The step was taken at the learning rate `lr`: measure it, go back if it is over the budget, learn from it.
@@ -234,8 +235,8 @@ class Steering:
             self.limit = max(_SHRINK * min(lr, self.limit), _FLOOR)
         # a step of length zero says nothing either, whatever rounding makes of its KL
         elif informative and update.proposed > 0 and lr > 0:
-            self._kl = _MEMORY * self._kl + update.proposed / lr**2
-            self._weight = _MEMORY * self._weight + 1
+            self._kl = MEMORY * self._kl + update.proposed / lr**2
+            self._weight = MEMORY * self._weight + 1
             allowed = math.sqrt(_MEAN * self.budget * self._weight / self._kl)
             self.limit = max(min(_GROWTH * self.limit, allowed), _FLOOR)
         return update

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
@@ -27,8 +28,8 @@ class Moved(NamedTuple):
     token's KL and, where it was predicted, its m_F, of all processes."""
 
     mean: float
-    kl: Tensor
-    m_f: Tensor | None = None
+    kl: Float[Tensor, "tokens"]
+    m_f: Float[Tensor, "tokens"] | None = None
 
 
 class Updates:
@@ -64,9 +65,15 @@ class Updates:
         self._count: int | None = None  # of processes, since the first token
 
     @torch.no_grad()
-    def look(self, hidden: Tensor, head: Head, actions: Tensor, sample: Tensor) -> Seen:
-        """Keep the last layer at the tokens of a micro-batch that `sample` [n] marks, to measure the update on them;
-        hidden [m, d] and actions [m] are theirs."""
+    def look(
+        self,
+        hidden: Float[Tensor, "sampled d"],
+        head: Head,
+        actions: Int[Tensor, "sampled"],
+        sample: Bool[Tensor, "tokens"],
+    ) -> Seen:
+        """Keep the last layer at the tokens of a micro-batch that `sample` marks, to measure the update on them;
+        `hidden` and `actions` are theirs."""
         self._begin()
         with self._timed(hidden.device):
             layer = head.last_layer(
@@ -158,7 +165,7 @@ class Updates:
         with self._timed(self.micro_batches[0].layer.hidden.device):
             mass = self.processes.gather(torch.cat([batch.layer.missing_mass for batch in self.micro_batches]))
             figures = missing_mass(mass, self.max_missing_mass)
-        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0), len(mass))
+        self._warn_of_missing_mass(figures.get("capo/missing_mass/above_bound", 0.0), len(mass))
         return figures
 
     def _check_open(self, call: str) -> None:

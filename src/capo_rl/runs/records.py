@@ -1,6 +1,6 @@
 """The folder of a run: what was asked for, what was measured at each step, and what came of it.
 
-run.json        the settings that differ from their defaults, and the versions of the libraries
+run.json        the settings that differ from their defaults, without secrets, and the versions of the libraries
 metrics.jsonl   one JSON object a logged step (docs/metrics.md)
 summary.json    written when the run is over
 tokens/         with capo_tokens_every: what each token of a step got (`tokens`)
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from capo_rl.curvature.step_model import fit_of_name
+from capo_rl.runs.secrets import without_secrets
 
 Metrics = list[dict[str, Any]]
 
@@ -57,6 +58,7 @@ def check_folder(folder: str | Path, settings: Mapping[str, Any]) -> int | None:
         return None
     try:
         there = json.loads((folder / "run.json").read_text())["settings"]
+        there = without_secrets(there)  # an earlier version wrote them
     except (OSError, ValueError, KeyError):
         raise RunFolderError(f"output_dir={folder}: not empty, and not a run of capo; choose another") from None
     # a step model may be named or left to `auto`, whichever was the default

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import ModelConfig, TrlParser
 
+from capo_rl.runs.secrets import without_secrets
 from capo_rl.settings.config import CAPOConfig
 from capo_rl.settings.fields import check_fields, check_types
 from capo_rl.settings.recipe_file import RecipeError, check_field, find_recipe, read_mapping
@@ -83,10 +84,11 @@ def read_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
 
 def settings(recipe: Recipe) -> dict[str, object]:
-    """Every field of the recipe that differs from its default, by name; what makes a run the run it is."""
+    """Every field of the recipe that differs from its default, by name and without secrets; what makes a run the run it
+    is, and is written into its folder."""
     changed: dict[str, object] = {}
     for section in (recipe.data, recipe.model, recipe.training):
         defaults = {item.name: item.default for item in fields(section)}
         asked = section.to_dict() if isinstance(section, CAPOConfig) else vars(section)
         changed |= {name: value for name, value in asked.items() if name in defaults and value != defaults[name]}
-    return changed
+    return without_secrets(changed)

@@ -60,6 +60,7 @@ CURVES = (
     "capo/kl/predicted",
     "capo/kl/rank_correlation",
     "capo/kl/fraction",
+    "capo/learning_rate",
     "capo/scale",
     "capo/share",
     "capo/accepted_tokens",
@@ -311,7 +312,7 @@ def _audit(trainer: Any) -> None:
     from capo_rl.trainers.measuring import Measuring
 
     whole = Measuring(trainer, 1.0)
-    remember, clear = trainer._measuring.remember, trainer.planner.clear
+    remember, clear = trainer.measuring.remember, trainer.planner.clear
 
     def remembered(*args: Any) -> None:
         remember(*args)
@@ -320,12 +321,14 @@ def _audit(trainer: Any) -> None:
     def cleared() -> float:
         if whole.forwards and trainer.planner.micro_batches:
             everything = [forward.sample for forward in whole.forwards]
-            kl = trainer.planner.measured_kl(whole.hidden_now, trainer._head(trainer.model_wrapped), everything).kl
-            trainer._record({"capo/kl/whole": float(kl.double().mean())})
+            kl = trainer.planner.measured_kl(
+                whole.hidden_now, trainer.backbone.head(trainer.model_wrapped), everything
+            ).kl
+            trainer.record_figures({"capo/kl/whole": float(kl.double().mean())})
         whole.forwards.clear()
         return clear()
 
-    trainer._measuring.remember, trainer.planner.clear = remembered, cleared
+    trainer.measuring.remember, trainer.planner.clear = remembered, cleared
 
 
 def _timed(trainer: Any, method: str) -> list[float]:

@@ -30,6 +30,7 @@ def save(figure: Any, path: Path) -> Path:
     import matplotlib
 
     for axes in figure.axes:
+        _leave_out_what_a_logarithm_has_not(axes)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -38,6 +39,15 @@ def save(figure: Any, path: Path) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture is the same file
         figure.savefig(path, metadata={"Date": None, "Title": figure.get_suptitle()})
     return path
+
+
+def _leave_out_what_a_logarithm_has_not(axes: Any) -> None:
+    """A curve has a gap on a logarithmic axis where it is zero, and no plunge to the edge."""
+    logarithmic = np.array([axes.get_xscale() == "log", axes.get_yscale() == "log"])
+    for line in axes.get_lines():
+        points = np.array(line.get_xydata(), dtype=float)
+        shown = ((points > 0) | ~logarithmic).all(axis=1)
+        line.set_data(*np.where(shown[:, None], points, np.nan).T)
 
 
 def series(run: dict[str, Any], column: str, x: str, smoothed: bool) -> tuple[NDArray[Any], NDArray[Any]]:

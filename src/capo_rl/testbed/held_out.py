@@ -54,7 +54,7 @@ class HeldOut(TrainerCallback):
 
     def measure(self) -> None:
         model, tokenizer = self.trainer.model, self.trainer.processing_class
-        self.found["capo/completions"].append(self.trainer._completions)
+        self.found["capo/completions"].append(self.trainer.completions)
         self.found["accuracy"].append(sampled_accuracy(model, tokenizer, self.rows, self.tokens))
         if self.language:
             self.found["perplexity"].append(perplexity(model, self.replies))

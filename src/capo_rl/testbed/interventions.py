@@ -60,7 +60,8 @@ class WholeSecondMoment(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.whole: dict[Tensor, Tensor] = {}
         self.factor = 1.0  # what clipping multiplied the accepted tokens' gradient by
-        masked, clip = trainer._compute_loss, trainer._clip
+        steps = trainer.optimizer_steps
+        masked, clipped_by = trainer._compute_loss, steps.clipped_by
 
         def both_losses(model: Any, inputs: dict[str, Any]) -> Tensor:
             updates, trainer.updates = trainer.updates, None  # TRL's own loss
@@ -71,10 +72,10 @@ class WholeSecondMoment(TrainerCallback):
             return masked(model, inputs)
 
         def clipped(finite: bool) -> float:
-            self.factor = clip(finite)
+            self.factor = clipped_by(finite)
             return self.factor
 
-        trainer._compute_loss, trainer._clip = both_losses, clipped
+        trainer._compute_loss, steps.clipped_by = both_losses, clipped
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

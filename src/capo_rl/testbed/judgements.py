@@ -131,9 +131,10 @@ def judge(trainer: Any, name: str) -> None:
     What it says is in the run's figures as `capo/share`. A step of momentum alone, or whose judgement is no number, has
     that of the step before it.
     """
-    planner, budget, judgement = trainer.planner, trainer._budget, JUDGEMENTS[name]
+    planner, steps, judgement = trainer.planner, trainer.optimizer_steps, JUDGEMENTS[name]
+    budget = steps.budget
     assert isinstance(planner, Planner) and type(budget) is Steering
-    control = trainer._budget = Judged(budget.budget, budget.limit, budget._way)
+    control = steps.budget = Judged(budget.budget, budget.limit, budget.way)
     inner, unit = planner.commit, 1.0 if name in _SHARES else math.nan
 
     def commit(scale: float = 1.0, describe: bool = True) -> dict[str, float]:

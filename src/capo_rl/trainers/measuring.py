@@ -78,7 +78,7 @@ class Measuring:
         with (
             random_numbers(self._devices(trainer.model_wrapped), forward.random),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-            trainer._hidden_states(trainer.model_wrapped, forward.mask.shape[1]) as hidden,
+            trainer.backbone.hidden_states(trainer.model_wrapped, forward.mask.shape[1]) as hidden,
         ):
             forward.run(trainer.model_wrapped)
         self.reshard()
@@ -91,12 +91,12 @@ class Measuring:
 
     def _run_backbone(self, model: nn.Module, **inputs: Tensor) -> None:
         with self.trainer.accelerator.autocast():
-            self.trainer._causal_lm(model).base_model(**inputs, use_cache=False)
+            self.trainer.backbone.causal_lm(model).base_model(**inputs, use_cache=False)
 
     def _devices(self, model: Any) -> list[torch.device]:
         """Where the model's random numbers come from: the CPU's generator, and that of each device it lies on."""
         if self._generators is None:
-            weights = self.trainer._causal_lm(model).parameters()
+            weights = self.trainer.backbone.causal_lm(model).parameters()
             used = {weight.device for weight in weights} | {self.trainer.accelerator.device}
             self._generators = [torch.device("cpu"), *(device for device in used if device.type not in ("cpu", "meta"))]
         return self._generators

@@ -15,6 +15,12 @@ from capo_rl.trainers.trl import CAPOTrainer
 _OURS: dict[str, Any] = {
     field.name: field.default for field in fields(CAPOConfig) if field.name.startswith("capo_")
 } | {"capo_mode": "monitor"}
+# The public names of ours that TRL's trainer has not; `base_model` is read for a model card, which stays the trainer's.
+_ADDED = [
+    name
+    for name in vars(CAPOTrainer) | CAPOTrainer.__annotations__
+    if not name.startswith("_") and name not in {"base_model", *dir(GRPOTrainer)}
+]
 
 
 class MonitorCallback(TrainerCallback):
@@ -50,7 +56,12 @@ class MonitorCallback(TrainerCallback):
         )
         args.kl_budget, args.changes_the_run, args.predicts = None, False, True
         own = type(trainer)
+        if taken := [name for name in _ADDED if hasattr(trainer, name)]:
+            raise TypeError(
+                f"{own.__name__} has its own {', '.join(taken)}, which is what MonitorCallback adds to a trainer: give "
+                "it another name"
+            )
         trainer.__class__ = type(
             own.__name__, (CAPOTrainer, own), {"_name": own._name, "create_model_card": own.create_model_card}
         )
-        trainer._watch()
+        trainer.prepare_selection()

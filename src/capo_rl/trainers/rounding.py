@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from capo_rl.trainers.step_choice import torch_optimizer
+
 logger = logging.getLogger(__name__)
 
 # Adam's first step has the same length in every weight and is like no other; by the tenth a slow start is over
@@ -47,7 +49,7 @@ class RoundedAway(TrainerCallback):
         self._before.clear()
         if state.global_step + 1 not in _STEPS or self.trainer.is_deepspeed_enabled:
             return
-        optimizer = self.trainer._optimizer()
+        optimizer = torch_optimizer(self.trainer)
         self._lr = max(float(group["lr"]) for group in optimizer.param_groups)
         for group in optimizer.param_groups:
             if any(group.get(name) or getattr(optimizer, name, False) for name in _ADDS_UP):
@@ -68,8 +70,8 @@ class RoundedAway(TrainerCallback):
         if not updates:
             return
         share = lost / updates
-        self.trainer._metrics["train"]["capo/updates_rounded_away"].append(share)
-        step, groups = state.global_step + 1, self.trainer._optimizer().param_groups
+        self.trainer.record_figures({"capo/updates_rounded_away": share})
+        step, groups = state.global_step + 1, torch_optimizer(self.trainer).param_groups
         top = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         # A warm-up or a slow start may have small updates at first.
         if share <= _BOUND or self._warned or (step == _STEPS[0] and self._lr < top / 2):

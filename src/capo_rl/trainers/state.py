@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,103 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from capo_rl.curvature.step_model import DECIDING
 from capo_rl.runs.records import written_whole
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
 ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
+
+
+def save_beside(trainer: Any, folder: Path) -> None:
+    """Write what a `CAPOTrainer` needs to go on, beside what TRL has written into a checkpoint's folder."""
+    process = trainer.accelerator.process_index
+    # In the middle of a generation batch the rest of it is still to be trained on.
+    rollouts, batch = trainer._buffered_inputs, trainer.args.steps_per_generation * trainer.num_iterations
+    if (
+        rollouts is not None
+        and trainer._step % batch
+        and (lost := save_rollouts(folder / ROLLOUTS_FILE.format(process=process), rollouts))
+    ):
+        logger.warning(
+            "%s: completions that are still to be trained on have %s, which a checkpoint can't hold: a run "
+            "that goes on from here generates them anew",
+            folder,
+            ", ".join(lost),
+        )
+    if not trainer.args.should_save:
+        return
+    # The same in every process, so one of them writes it.
+    tensors: dict[str, Tensor] = {}
+    updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
+    counters: dict[str, Any] = {
+        "completions": trainer.completions,
+        "micro_steps": trainer._step,
+        "processes": trainer.accelerator.num_processes,
+        "predicts": planner is not None,
+    }
+    if updates is not None:
+        counters |= {
+            "steps_skipped": updates.steps_skipped,
+            "steps_nonfinite": updates.steps_nonfinite,
+            "budget": {} if steps.budget is None else steps.budget.state_dict(),
+            "noise_known": steps.noise_known,
+        }
+    if planner is not None:
+        tensors = planner.step.state_dict()
+        counters |= {
+            "accepted_tokens": planner.accepted_tokens,
+            "share": {} if planner.share is None else planner.share.state_dict(),
+        }
+    save_state(folder / STATE_FILE, tensors, counters)
+
+
+def load_beside(trainer: Any, checkpoint: Path) -> None:
+    """Go on from what `save_beside` wrote.
+
+    Raises `FileNotFoundError` for a checkpoint without it, unless the trainer only watches.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.exists():
+        if trainer.args.capo_mode == "monitor":
+            logger.warning("%s is missing: the step model's moments start from zero, and are off for a while", path)
+            return
+        raise FileNotFoundError(
+            f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
+            "without resuming, pass the folder as the model"
+        )
+    tensors, counters = load_state(path, trainer.accelerator.device)
+    updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
+    trainer.completions, trainer._step = counters["completions"], counters["micro_steps"]
+    if updates is not None:
+        updates.steps_skipped = counters.get("steps_skipped", 0)
+        updates.steps_nonfinite = counters.get("steps_nonfinite", 0)
+        steps.noise_known = counters.get("noise_known", False)
+        if steps.budget is not None and (kept := counters.get("budget")):
+            steps.budget.load_state_dict(kept)
+    predicted = counters.get("predicts", True)
+    if planner is not None and not predicted and trainer.args.capo_mode not in DECIDING:
+        logger.warning("%s has no moments of a step model: they start from zero, and are off for a while", path)
+    elif planner is not None:
+        planner.accepted_tokens = counters.get("accepted_tokens", 0)
+        if planner.share is not None and (kept := counters.get("share")):
+            planner.share.load_state_dict(kept)
+        planner.step.load_state_dict(tensors)
+    if counters["processes"] != trainer.accelerator.num_processes:
+        trainer._step = 0  # a generation batch starts here
+        logger.warning(
+            "%s was written by %d processes and goes on with %d: weights, moments and counters are the same; "
+            "completions that were not trained on yet are generated anew, and random numbers differ",
+            checkpoint,
+            counters["processes"],
+            trainer.accelerator.num_processes,
+        )
+        return
+    path = checkpoint / ROLLOUTS_FILE.format(process=trainer.accelerator.process_index)
+    if path.exists():
+        trainer._buffered_inputs = load_rollouts(path, trainer.accelerator.device)
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
