@@ -250,6 +250,97 @@ def pretrained_tasks() -> str:
     return markdown(["task", "right"], [[name, f"{share:.3f}"] for name, share in right.items()])
 
 
+@cache
+def points() -> list[dict[str, Any]]:
+    """The points whose next step was taken in several forms."""
+    return [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((RESULTS / "pretrained_steps").glob("*.json"))
+    ]
+
+
+def _middle(values: Iterable[float]) -> float:
+    """The geometric mean."""
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
+def pretrained_steps() -> str:
+    shown = {
+        "everything": "on all tokens",
+        "masked": "on those within the paper's bounds",
+        "random": "on as many at random",
+        "shortened": "on all, times ρ",
+        "masked_short": "on those in bounds, times ρ",
+    }
+    rows = []
+    for at, rate in enumerate(each["learning_rate"] for each in points()[0]["rates"]):
+        for form, label in shown.items():
+            moved = [point["rates"][at][form] for point in points()]
+            quantiles = (_middle(each["kl_quantiles"][q] for each in moved) for q in ("q50", "q99"))
+            signs = (np.mean([log_pi(each, sign) for each in moved]) for sign in ("positive", "negative"))
+            rows.append(
+                [short(rate), label, f"{_middle(each['scale'] for each in moved):.2g}"]
+                + [short(_middle(each["kl"] for each in moved)), *map(short, quantiles)]
+                + [f"{each:+.2g}" for each in signs]
+                + [f"{np.mean([each['perplexity'] for each in moved]):.1f}"]
+            )
+    columns = ("learning rate", "the step", "length", "KL, nats a token", "median token", "99th percentile")
+    return markdown([*columns, "log π(a), A > 0", "A < 0", "perplexity"], rows)
+
+
+def log_pi(form: dict[str, Any], sign: str) -> float:
+    """The mean change of log π(a) of the tokens whose advantage has a sign."""
+    kinds = [kind for name, kind in form["by_kind"].items() if name.startswith(sign)]
+    return sum(kind["tokens"] * kind["log_pi"] for kind in kinds) / sum(kind["tokens"] for kind in kinds)
+
+
+def pretrained_rejected() -> str:
+    shown = {
+        "rate": "of all tokens",
+        "rate_positive": "of those with A > 0",
+        "rate_negative": "of those with A < 0",
+        "energy": "of the score energy Σ A² ‖u‖² ‖h‖²",
+        "share": "what is left of the gradient's length, ρ",
+        "length_of_step": "what is left of the step's length",
+        "cosine_of_steps": "cosine between the steps with and without",
+    }
+    rates = [each["learning_rate"] for each in points()[0]["rates"]]
+    return markdown(
+        ["rejected by the paper's bounds", *(f"lr {short(rate)}" for rate in rates)],
+        [
+            [label, *(f"{np.mean([p['rates'][i]['rejected'][name] for p in points()]):.3f}" for i in range(len(rates)))]
+            for name, label in shown.items()
+        ],
+    )
+
+
+def pretrained_kinds() -> str:
+    rows = []
+    for sign, said in (("positive", "A > 0"), ("negative", "A < 0")):
+        for level, of in (("unsure", "π(a) < 0.5"), ("between", "0.5 to 0.9"), ("sure", "above 0.9")):
+            cells = [f"{said}, {of}"]
+            for form in ("everything", "masked"):
+                kinds = [p["rates"][1][form]["by_kind"].get(f"{sign}, {level}") for p in points()]
+                there = [kind for kind in kinds if kind is not None]
+                count = sum(kind["tokens"] for kind in there)
+                cells += [str(count)] if form == "everything" else []
+                for name in ("kl", "log_pi", "entropy"):
+                    mean = sum(kind["tokens"] * kind[name] for kind in there) / count
+                    cells.append(f"{mean:.2g}" if name == "kl" else f"{mean:+.2f}")
+            rows.append(cells)
+    masked = ("KL, masked", "log π(a)", "entropy")
+    return markdown(["tokens, lr 2e-4", "how many", "KL, all tokens", "log π(a)", "entropy", *masked], rows)
+
+
+def pretrained_parts() -> str:
+    names = [name for name in points()[0]["parts"] if name not in ("learning_rate", "all")]
+    alone = [_middle(p["parts"][name] / p["parts"]["all"] for p in points()) for name in names]
+    predicted = _middle(p["rates"][1]["everything"]["predicted"] / p["parts"]["all"] for p in points())
+    return markdown(
+        ["moved alone, lr 2e-4", *names, "predicted by the last layer"],
+        [["its KL over the whole step's", *(f"{each:.1e}" for each in [*alone, predicted])]],
+    )
+
+
 # docs/scaling.md
 
 
@@ -587,6 +678,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "pretrained": pretrained,
     "pretrained-rates": pretrained_rates,
     "pretrained-tasks": pretrained_tasks,
+    "pretrained-steps": pretrained_steps,
+    "pretrained-rejected": pretrained_rejected,
+    "pretrained-kinds": pretrained_kinds,
+    "pretrained-parts": pretrained_parts,
     "scaling-seconds": scaling_seconds,
     "scaling-carried-on": scaling_carried_on,
     "range": range_,
