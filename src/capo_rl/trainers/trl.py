@@ -306,7 +306,7 @@ class CAPOTrainer(GRPOTrainer):
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         if measured:
-            self._measuring.remember(score, mask, self._advantages(inputs, mask), before)
+            self._measuring.remember(score, mask, self._weighed(inputs, mask), before)
         self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
             self._coming.rollouts.append((inputs, mask))
@@ -323,13 +323,12 @@ class CAPOTrainer(GRPOTrainer):
             self._check_log_probs(seen.layer, logps.detach()[sampled], hidden.dtype)
             seen.watch(logps, mask, self._loss_scale())
             return
-        advantages = self._advantages(inputs, mask)
         planner.step.lr = self._get_learning_rate() * self._lr_ratio * self._coming.scale
         planned = planner.plan(
             hidden[mask],
             head,
             inputs["completion_ids"][mask],
-            advantages[mask],
+            self._weighed(inputs, mask)[mask],
             subset_numbers(self.args.capo_granularity, mask, inputs.get("capo_group")),
             None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
             # as where nothing is predicted, and the KL is the same number
@@ -340,7 +339,7 @@ class CAPOTrainer(GRPOTrainer):
         planned.watch(logps, mask, self._loss_scale())
         if self.args.capo_mode != "mask":
             return
-        written = planned.masked(advantages, mask, self.loss_type, self._loss_scale())
+        written = planned.masked(self._advantages(inputs, mask), mask, self.loss_type, self._loss_scale())
         inputs["advantages"] = written
         gradients: dict[str, Tensor] = {}
 
@@ -367,6 +366,13 @@ class CAPOTrainer(GRPOTrainer):
         """TRL's, one for each token [B, T]."""
         advantages = inputs["advantages"]
         return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
+
+    def _weighed(self, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+        """The same times the ratio by which the loss corrects for a sampler with another policy (vLLM's): with it the
+        mean of A u hᵀ over the sampler's tokens is that over the policy's own, and a token it masks has no advantage.
+        """
+        advantages, ratio = self._advantages(inputs, mask), inputs.get("importance_sampling_ratio")
+        return advantages if ratio is None or self.loss_type == "vespo" else advantages * ratio
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
