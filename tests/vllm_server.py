@@ -82,16 +82,16 @@ class Server:
 
     def get(self, path: str) -> dict[str, Any]:
         return {
-            "/health": lambda: {},
-            "/v1/models": lambda: {"data": [{"id": NAME}]},
-            "/get_world_size": lambda: {"world_size": 1},
-            "/server_info": lambda: {
+            "/health": {},
+            "/v1/models": {"data": [{"id": NAME}]},
+            "/get_world_size": {"world_size": 1},
+            "/server_info": {
                 "vllm_config": {
                     "weight_transfer_config": {"backend": "nccl"},
                     "model_config": {"logprobs_mode": self.logprobs_mode},
                 }
             },
-        }[path]()
+        }[path]
 
     def post(self, path: str, sent: dict[str, Any]) -> dict[str, Any]:
         return {

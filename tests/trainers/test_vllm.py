@@ -1,7 +1,8 @@
-"""Training on completions of a server that speaks vLLM's protocol, with the sampler's log-probabilities corrected for."""
+"""Training on completions of a server that speaks vLLM's protocol, whose policy may be another than the trainer's."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -172,15 +173,15 @@ def test_off_and_monitor_are_trl_bit_for_bit_through_the_same_server(build, serv
     assert any(tensor.any() for step in stock[1] for tensor in step.values())
     assert_bitwise_equal(trajectory(build(capo_mode="off", **settings)), stock)
     assert_bitwise_equal(trajectory(build(capo_mode="monitor", **SOME, **settings)), stock)
-    open_bounds = {name: None for name in SOME}
-    assert_bitwise_equal(trajectory(build(capo_mode="mask", **open_bounds, **settings)), stock)
+    assert_bitwise_equal(trajectory(build(capo_mode="mask", **dict.fromkeys(SOME), **settings)), stock)
 
 
 # ---- with a lag: what CAPO reads off the loss has the ratio in it ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "correction"), [*(("grpo", each) for each in MODES), *((each, "sequence_mask") for each in LOSSES[1:])]
+    ("loss_type", "correction"),
+    [*(("grpo", each) for each in MODES), *((each, "sequence_mask") for each in LOSSES[1:])],
 )
 def test_a_token_weighs_what_the_loss_gives_it(build, serve, correction, loss_type):
     """Accepted tokens A·w over the accepted ones, w from the two log-probabilities; a NaN is a ratio of one."""
@@ -257,9 +258,17 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
                 "moments": [-state["exp_avg"].clone(), state["exp_avg_sq"].clone()],
                 "batches": seen[2 * len(steps) :],
                 "lr": trainer.planner.step.lr,
+                "before": policies(trainer.model, seen[2 * len(steps) :]),
             }
         )
 
+    measure = trainer._after_step
+
+    def after_step():
+        steps[-1]["after"] = policies(trainer.model, steps[-1]["batches"])
+        measure()
+
+    trainer._after_step = after_step
     trainer.add_callback(Watch(look))
     entries = logs(trainer)
     b1, b2, eps = 0.9, 0.999, 1e-8
@@ -291,6 +300,9 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
             pi, v = planned_policy(planned, len(head)), planned.layer.hidden.double() @ whole.T
             predicted.append(0.5 * ((pi * v**2).sum(1) - (pi * v).sum(1) ** 2))
         share = entry["capo/share"] if mode != "monitor" else 1.0
+        before, after = each["before"], each["after"]
+        kl = (before.exp() * (before - after)).sum(-1).mean()
+        assert entry["capo/kl/measured"] == pytest.approx(float(kl), rel=1e-3)
         assert entry["capo/kl/predicted"] == pytest.approx(share**2 * float(torch.cat(predicted).mean()), rel=1e-3)
     assert any(each["gradient"].any() for each in steps)
     state = trainer._optimizer().state[head]
@@ -299,7 +311,178 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
     torch.testing.assert_close(q.double(), state["exp_avg_sq"], rtol=1e-3, atol=1e-10)
 
 
+@torch.no_grad()
+def policies(model, batches) -> torch.Tensor:
+    """log π [n, V] at the tokens of some micro-batches, under the weights as they are."""
+    found = []
+    for batch in batches:
+        inputs, mask = batch["inputs"], batch["mask"]
+        ids, attention = (
+            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask")
+        )
+        logits = model(input_ids=ids, attention_mask=attention).logits
+        found.append(logits[:, :-1][:, -mask.shape[1] :][mask].log_softmax(-1))
+    return torch.cat(found)
+
+
 def planned_policy(planned, vocabulary: int) -> torch.Tensor:
     """π [n, V] of a micro-batch's tokens, laid out over the vocabulary."""
     pi = torch.zeros(len(planned.keep), vocabulary, dtype=torch.float64)
     return pi.scatter(1, planned.layer.support, planned.layer.pi.double())
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_the_share_counts_a_rejected_token_as_the_loss_would_have(build, serve, threshold):
+    """With the ratio, and not at all in a sequence that `off_policy_mask_threshold` drops: the sampler's policy is too
+    far from the present one, and the advantage is negative."""
+    server = serve(lag=2)
+    server.score = unsure
+    trainer = build(
+        loss_type="dr_grpo",
+        capo_share=True,
+        gradient_accumulation_steps=1,
+        max_steps=3,
+        off_policy_mask_threshold=threshold,
+        vllm_importance_sampling_mode="token_truncate",
+        **SOME,
+        **CLIPPED,
+        **server.settings(),
+    )
+    seen = spied(trainer)
+    trainer.train()
+    dropped = 0
+    for each in seen:
+        inputs, mask, planned = (each[name] for name in ("inputs", "mask", "planned"))
+        a = inputs["advantages"][:, None] * ratios(trainer, inputs, mask)
+        if threshold is not None:
+            # at the first use of a batch, where the policy of the loss is that of `old_per_token_logps`
+            apart = (inputs["sampling_per_token_logps"] - inputs["old_per_token_logps"]).nan_to_num(0.0)
+            far = torch.where(mask, apart, 0.0).sum(1) / mask.sum(1) > threshold
+            drop = far & (inputs["advantages"] < 0)
+            a = a.where(~drop[:, None], 0.0)
+            dropped += int(drop.sum())
+        torch.testing.assert_close(planned.whole, (a / (len(a) * 6))[mask], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(planned.advantages, a[mask], rtol=1e-4, atol=1e-7)
+        assert not planned.keep.all()
+    assert dropped or threshold is None
+
+
+def far_off(log_pi: torch.Tensor) -> torch.Tensor:
+    """A sampler whose every other completion is from another policy."""
+    log_pi = log_pi.clone()
+    log_pi[::2] -= 1.0
+    return log_pi
+
+
+def test_kl_is_sampled_among_completions_that_the_loss_counts(build, serve):
+    """The largest advantages were often those of masked sequences, of which the step has nothing."""
+    server = serve()
+    server.score = far_off
+    trainer = build(
+        capo_mode="trust_region",
+        capo_kl_sample=0.25,
+        gradient_accumulation_steps=1,
+        vllm_importance_sampling_mode="sequence_mask",
+        **server.settings(),
+    )
+    sampled = []
+    trainer.add_callback(
+        Watch(lambda: sampled.extend(each.weights[each.sample].clone() for each in trainer.updates.micro_batches))
+    )
+    entries = logs(trainer)
+    assert all(entry["sampling/importance_sampling_ratio/min"] == 0 for entry in entries)
+    assert len(sampled) == 5
+    assert all(weights.all() for weights in sampled)
+
+
+def test_a_step_of_which_only_masked_sequences_were_accepted_is_skipped(build, serve):
+    """Its gradient is zero, and momentum would move the weights all the same."""
+    server = serve()
+    server.score = far_off
+    trainer = build(max_steps=3, vllm_importance_sampling_mode="sequence_mask", **SOME, **server.settings())
+    weights = []
+
+    def look():
+        weights.append(trainer.model.lm_head.weight.detach().clone())
+        if len(weights) == 1:
+            trainer._select = only_masked
+
+    def only_masked(model, inputs, mask, *rest):
+        out = (inputs["importance_sampling_ratio"] == 0).expand(mask.shape)[mask]
+        trainer.planner.rule = lambda *_: out
+        CAPOTrainer._select(trainer, model, inputs, mask, *rest)
+
+    trainer.add_callback(Watch(look))
+    entries = logs(trainer)
+    weights.append(trainer.model.lm_head.weight.detach())
+    assert [not torch.equal(one, other) for one, other in itertools.pairwise(weights)] == [True, False, False]
+    assert [entry["capo/steps_skipped"] for entry in entries] == [0, 1, 2]
+    assert 0 < entries[-1]["capo/rejection_rate"] < 1
+
+
+def test_a_rule_sees_the_log_probs_of_the_policy_that_sampled(build, serve):
+    server = serve(lag=1)
+    server.score = unsure
+    trainer = build(capo_mode="monitor", max_steps=2, **server.settings())
+    seen, judged = spied(trainer), []
+    trainer.planner.rule = lambda layer, advantages, shifts, before: (judged.append(before), advantages == 0)[1]
+    trainer.train()
+    for each, before in zip(seen, judged, strict=True):
+        told = each["inputs"]["sampling_per_token_logps"][each["mask"]]
+        assert told.isnan().any()
+        torch.testing.assert_close(before, told.where(~told.isnan(), each["planned"].layer.log_pi_a))
+
+
+@pytest.mark.parametrize("mode", ["off", "monitor", "mask", "trust_region"])
+def test_tokens_that_the_sampler_could_not_score_are_told(build, serve, caplog, mode):
+    server = serve()
+    entries = logs(build(capo_mode=mode, max_steps=2, **server.settings()))
+    assert all(entry["capo/unscored_tokens"] == 0 for entry in entries)
+    assert "NaN" not in caplog.text
+    server.score = unsure
+    trainer = build(capo_mode=mode, max_steps=2, **server.settings())
+    seen = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: (seen.append(generate(rows)), seen[-1])[1]
+    entries = logs(trainer)
+    counts = [int(each["sampling_per_token_logps"].isnan().sum()) for each in seen]
+    assert [entry["capo/unscored_tokens"] for entry in entries] == counts
+    assert all(counts)
+    assert caplog.text.count("the server gave NaN") == 1
+    assert all(math.isfinite(entry["loss"]) for entry in entries)
+
+
+def test_a_ratio_that_is_not_finite_skips_the_step(build, serve):
+    """A sampler that says a token was impossible, and no upper bound."""
+    server = serve()
+    trainer = build(
+        max_steps=3,
+        vllm_importance_sampling_mode="token_mask",
+        vllm_importance_sampling_clip_max=None,
+        **SOME,
+        **server.settings(),
+    )
+    trainer.add_callback(Watch(lambda: setattr(server, "score", impossible)))
+    entries = logs(trainer)
+    assert [entry["capo/steps_skipped/nonfinite"] for entry in entries] == [0, 1, 2]
+    assert all(weight.isfinite().all() for weight in trainer.model.parameters())
+
+
+def impossible(log_pi: torch.Tensor) -> torch.Tensor:
+    log_pi = log_pi.clone()
+    log_pi[0, 0] = -math.inf
+    return log_pi
+
+
+def test_a_run_resumed_with_rollouts_still_in_use_is_the_same(build, serve, tmp_path):
+    server = serve()
+    server.score = unsure
+    settings = {**SOME, **CLIPPED, "steps_per_generation": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"capo_share": True, "vllm_importance_sampling_mode": "token_mask"}
+    whole = build(**settings, **server.settings())
+    whole.train()
+    resumed = build(**settings, **server.settings())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert whole.planner.share.value == resumed.planner.share.value < 1

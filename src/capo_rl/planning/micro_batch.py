@@ -83,7 +83,7 @@ class MicroBatch:
         written = advantages * accepted_mean(loss_type, mask, keep, self.processes)
 
         def watch(gradient: Tensor) -> None:
-            self.whole = -own * gradient[mask] / loss_scale
+            self.whole = -own.where(self.advantages != 0, 0) * gradient[mask] / loss_scale
 
         # A loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
         written.requires_grad_().register_hook(watch)

@@ -89,6 +89,7 @@ class CAPOTrainer(GRPOTrainer):
 
     _name = "CAPO"
     base_model: str | None = None  # as the user named it, where that is not in its config
+    _unscored_told = False
     _unrewarded: dict[str, int] | None = None  # batches in a row; a stock trainer that is watched has no such limit
 
     def __init__(
@@ -251,6 +252,8 @@ class CAPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if "importance_sampling_ratio" in output:
+            self._tell_unscored(output)
         local = len(inputs)
         first = self.accelerator.process_index * local
         weights = self.reward_weights.to(self._rewards_per_func.device)
@@ -269,6 +272,24 @@ class CAPOTrainer(GRPOTrainer):
         if self.model.training:
             self._completions += local * self.accelerator.num_processes
         return output
+
+    def _tell_unscored(self, output: dict[str, Any]) -> None:
+        """Count the tokens whose log-probability the sampler could not say, and say so once; collective."""
+        mask = output["completion_mask"].bool()
+        if "tool_mask" in output:
+            mask = mask & output["tool_mask"].bool()
+        unscored = (output["sampling_per_token_logps"].isnan() & mask).sum()
+        some, tokens = self.accelerator.reduce(torch.stack([unscored, mask.sum()])).tolist()
+        self._metrics["train" if self.model.training else "eval"]["capo/unscored_tokens"].append(float(some))
+        if some and not self._unscored_told and self.is_world_process_zero():
+            self._unscored_told = True
+            logger.warning(
+                "of %d of %d sampled tokens the server gave NaN for the log-probability, so how far its policy is from "
+                "the trainer's is not known there, and TRL counts them with a ratio of 1: look for what overflows in "
+                "the server, as half precision may (said once; capo/unscored_tokens goes on counting)",
+                some,
+                tokens,
+            )
 
     # ---- the loss: shifts and selection between log-probabilities and advantages --------------------------------
 
@@ -306,7 +327,7 @@ class CAPOTrainer(GRPOTrainer):
         with self._hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         if measured:
-            self._measuring.remember(score, mask, self._weighed(inputs, mask), before)
+            self._measuring.remember(score, mask, self._weighed(inputs, mask, logps), before)
         self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
             self._coming.rollouts.append((inputs, mask))
@@ -328,9 +349,9 @@ class CAPOTrainer(GRPOTrainer):
             hidden[mask],
             head,
             inputs["completion_ids"][mask],
-            self._weighed(inputs, mask)[mask],
+            self._weighed(inputs, mask, logps)[mask],
             subset_numbers(self.args.capo_granularity, mask, inputs.get("capo_group")),
-            None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
+            None if (before := self._sampled_log_pi(inputs, logps)) is None else before[mask],
             # as where nothing is predicted, and the KL is the same number
             self._measuring.forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
         )
@@ -367,12 +388,32 @@ class CAPOTrainer(GRPOTrainer):
         advantages = inputs["advantages"]
         return (advantages[:, None] if advantages.dim() == 1 else advantages).expand(mask.shape)
 
-    def _weighed(self, inputs: dict[str, Any], mask: Tensor) -> Tensor:
-        """The same times the ratio by which the loss corrects for a sampler with another policy (vLLM's): with it the
-        mean of A u hᵀ over the sampler's tokens is that over the policy's own, and a token it masks has no advantage.
+    def _weighed(self, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
+        """The same as the loss weighs them by who sampled: times the ratio that corrects for a sampler with another
+        policy (vLLM's), and zero in a sequence that `off_policy_mask_threshold` drops. With the ratio the mean of
+        A u hᵀ over the sampler's tokens is that over the policy's own; a token without one has no advantage.
         """
         advantages, ratio = self._advantages(inputs, mask), inputs.get("importance_sampling_ratio")
-        return advantages if ratio is None or self.loss_type == "vespo" else advantages * ratio
+        if ratio is not None and self.loss_type != "vespo":  # which has it in another place
+            advantages = advantages * ratio
+        if self.off_policy_mask_threshold is None:
+            return advantages
+        sampled = self._sampled_log_pi(inputs, logps)
+        kept = self.get_off_policy_mask(
+            advantages=advantages,
+            per_token_logps=logps,
+            sampling_per_token_logps=logps.detach() if sampled is None else sampled,
+            mask=mask.long(),
+            off_policy_threshold=self.off_policy_mask_threshold,
+        )
+        return advantages * kept
+
+    @staticmethod
+    def _sampled_log_pi(inputs: dict[str, Any], logps: Tensor) -> Tensor | None:
+        """log π(a) [B, T] under the policy that sampled, or the present one's where it could not say; None where it is
+        the present one."""
+        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        return None if sampled is None else sampled.where(~sampled.isnan(), logps.detach())
 
     def _check_own_advantages(self, advantage: Tensor | None = None, log_prob: Tensor | None = None) -> None:
         """Raises `RuntimeError` where a loss spread a token's advantage over others, as one that takes an advantage for
