@@ -27,11 +27,11 @@ from capo_rl.settings.recipe import read_recipe  # noqa: E402
 from capo_rl.trainers.train import make_trainer  # noqa: E402
 from vllm_server import Server, without_cuda  # noqa: E402
 
-STEPS = 50
+STEPS = 40
 LAGS = (None, 0, 4, 16)  # None is generation by the trainer itself
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {"capo_mode": "trust_region"},
     "mask with the share": {"capo_mode": "mask"},
+    "default": {"capo_mode": "trust_region"},
 }
 FIGURES = (
     "reward",
@@ -50,8 +50,8 @@ FIGURES = (
 
 def main(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for lag in LAGS:
-        for method, fields in METHODS.items():
+    for method, fields in METHODS.items():
+        for lag in LAGS:
             name = f"{method}, {'own generation' if lag is None else f'lag {lag}'}"
             path = out / (name.replace(", ", "-").replace(" ", "-") + ".json")
             if path.exists():
