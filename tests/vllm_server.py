@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import socket
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from trl.generation.vllm_client import VLLMClient
 
 HOST = "127.0.0.1"
 NAME = "a model"
+_PATIENCE = 300.0  # seconds, of each side for the other; machines may be busy
 # Of a request for completions: what is sampled by, and what only says how to answer.
 _SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 _ANSWER = {"model", "prompt", "n", "max_tokens", "logprobs", "return_token_ids", "return_tokens_as_token_ids"}
@@ -59,13 +61,11 @@ class Server:
 
     def settings(self) -> dict[str, Any]:
         """The fields of a trainer that generates here."""
-        with socket.create_server((HOST, 0)) as free:
-            port = free.getsockname()[1]
         return {
             "use_vllm": True,
             "vllm_mode": "server",
             "vllm_server_base_url": f"http://{HOST}:{self._http.server_port}",
-            "vllm_group_port": port,
+            "vllm_group_port": free_port(),
         }
 
     def __enter__(self) -> Server:
@@ -107,7 +107,14 @@ class Server:
         info = sent["init_info"]
         assert (info["rank_offset"], info["world_size"]) == (1, 2)
         self._leave()
-        self._trainer = socket.create_connection((info["master_address"], info["master_port"]), timeout=60)
+        deadline = time.monotonic() + _PATIENCE
+        while self._trainer is None:  # the two meet in any order
+            try:
+                self._trainer = socket.create_connection((info["master_address"], info["master_port"]), _PATIENCE)
+            except ConnectionRefusedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         self._received.clear()
         return {}
 
@@ -189,6 +196,12 @@ class Server:
             self._trainer = None
 
 
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server((HOST, 0)) as free:
+        return free.getsockname()[1]
+
+
 def _handler(server: Server) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # keeps connections, as the client expects
@@ -265,7 +278,7 @@ def without_cuda(stateful: bool = False) -> Iterator[None]:
 
 def _endpoint(info: dict[str, Any]) -> Any:
     with socket.create_server((info["master_address"], info["master_port"])) as listener:
-        listener.settimeout(60)
+        listener.settimeout(_PATIENCE)
         with listener.accept()[0] as connection:  # a file closes when TRL lets go of it
             return SimpleNamespace(group=SimpleNamespace(store=None, socket=connection.makefile("wb")))
 

@@ -11,8 +11,10 @@ from test_trl import SOME, Watch, assert_bitwise_equal, logs, trajectory
 from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer
+from capo_rl.settings.recipe import RecipeError, read_recipe
+from capo_rl.trainers.train import make_trainer
 from conftest import make_model
-from vllm_server import Server, without_cuda
+from vllm_server import Server, free_port, without_cuda
 
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 LOSSES = ["grpo", "dr_grpo", "dapo", "bnpo"]
@@ -110,6 +112,13 @@ def test_completions_are_those_of_the_weights_so_many_updates_ago(build, serve, 
     for step, weights in enumerate(used):
         expected = before[max(0, step - lag)]
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_server_that_is_not_there_is_told_in_a_sentence(tmp_path):
+    server = ["--vllm_mode", "server", "--vllm_server_port", str(free_port()), "--vllm_server_timeout", "0.0"]
+    overrides = ["--use_vllm", "true", *server, "--output_dir", str(tmp_path / "run")]
+    with without_cuda(), pytest.raises(RecipeError, match="can't be trained so: The vLLM server can't be reached at"):
+        make_trainer(read_recipe("quickstart", overrides))
 
 
 # ---- without a lag, a server is another place to generate ------------------------------------------------------------
