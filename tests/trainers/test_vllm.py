@@ -158,7 +158,7 @@ def test_without_a_lag_a_run_is_that_of_plain_generation(build, serve, mode, cor
         entries.append(logs(trainer))
     exact = {"rel": 0, "abs": 0} if correction == "none" else {"rel": 1e-3, "abs": 1e-6}
     for one, other in zip(*entries, strict=True):
-        names = [name for name in one if name in ("loss", "reward", "grad_norm") or name.startswith("capo/")]
+        names = [name for name in other if name in ("loss", "reward", "grad_norm") or name.startswith("capo/")]
         assert {"capo/token/m_f/mean", "capo/rejection_rate"} <= set(names)
         for name in names:
             if not name.endswith("seconds"):
