@@ -638,6 +638,47 @@ def step() -> str:
     )
 
 
+# docs/vllm.md
+
+
+def vllm_lag() -> str:
+    """Each arm of a server that lags, by method: means over the second half of its steps."""
+    runs = [read(f"vllm/{path.name}") for path in (RESULTS / "vllm").glob("*.json")]
+
+    def late(run: dict[str, Any], name: str, form: str) -> str:
+        values = [
+            value
+            for value in run["by_step"].get(name, [])[-(len(run["by_step"]["reward"]) // 2) :]
+            if value is not None
+        ]
+        return format(float(np.mean(values)), form) if values else ""
+
+    rows = [
+        [
+            run["method"] if run["lag"] is None else "",
+            "its own" if run["lag"] is None else f"a server, lag {run['lag']}",
+            late(run, "reward", ".2f"),
+            late(run, "capo/rejection_rate", ".3f"),
+            late(run, "capo/share", ".2f"),
+            late(run, "capo/kl/measured", ".1e").replace("e-0", "e-"),
+            late(run, "sampling/sampling_logp_difference/mean", ".1e").replace("e-0", "e-"),
+            late(run, "sampling/importance_sampling_ratio/mean", ".3f"),
+        ]
+        for run in sorted(runs, key=lambda run: (run["method"], -1 if run["lag"] is None else run["lag"]))
+    ]
+    columns = [
+        "",
+        "generation",
+        "reward",
+        "out of bounds",
+        "ρ",
+        "KL an update",
+        "nats between the log π(a)",
+        "mean ratio",
+    ]
+    return markdown(columns, rows)
+
+
 # docs/doctor.md
 
 
@@ -703,6 +744,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "lower-lr": lower_lr,
     "step": step,
     "doctor": doctor_figures,
+    "vllm-lag": vllm_lag,
     "theory-statements": lambda: theory(read("theory/checks.json")["Statements"]),
     "theory-theorem": lambda: theory(read("theory/checks.json")["Theorem 5.1"]),
     "theory-orders": lambda: theory(read("theory/checks.json")["Order of the error in ‖Δθ‖"]),

@@ -45,8 +45,8 @@ class Seen:
 class MicroBatch:
     """The tokens of one forward pass, with their verdicts.
 
-    `used` are the advantages to train with: those of the loss where `keep`, or what soft weights or a penalty made
-    of them, and zero elsewhere. `masked` lays them out for a loss.
+    `advantages` are those they were planned with, and `used` what is left of them: the same where `keep`, or what soft
+    weights or a penalty made of them, and zero elsewhere. `masked` leaves as much of the loss's own.
     `weights` is −∂loss/∂log π(a), known after the backward pass (`watch`): ratio, clipping, denominators, KL term
     and the share of the micro-batch in the step are all in it. `whole` is the same with nothing rejected, where
     that differs: every token has its own advantage, under the denominators of all tokens. `sample` marks those on
@@ -78,18 +78,21 @@ class MicroBatch:
         """The advantages for a loss to read in place of its own: zero for a rejected token, and the others
         multiplied so that the loss's mean over all tokens becomes that over the accepted ones.
 
-        `mask` marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). What is returned
-        takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by `loss_scale`.
+        `mask` marks the tokens; `loss_type` says which mean it is (`selection.accepted_mean`). They are the loss's own,
+        which may differ from those the tokens were planned with by a factor that the loss brings in by itself. What is
+        returned takes a gradient, off which `whole` is read in the backward pass of a loss that was multiplied by
+        `loss_scale`.
         """
         check_mask(mask, self.tokens)
         keep = marked(mask, self.keep)
+        own = advantages[mask].where(~self.shifts.nonfinite, 0)
+        left = (self.used / self.advantages).where(self.advantages != 0, 1)
         advantages = advantages.clone()
-        advantages[mask] = self.used
+        advantages[mask] = (own * left).where(self.keep, 0)
         written = advantages * accepted_mean(loss_type, mask, keep, self.processes)
 
         def watch(gradient: Tensor) -> None:
-            own = self.advantages.where(~self.shifts.nonfinite, 0)
-            self.whole = -own * gradient[mask] / loss_scale
+            self.whole = -own.where(self.advantages != 0, 0) * gradient[mask] / loss_scale
 
         # A loss is linear in a token's advantage, so its gradient there says what the token's own weighs.
         written.requires_grad_().register_hook(watch)

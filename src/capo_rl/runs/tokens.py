@@ -38,7 +38,7 @@ class StepTokens:
 
     completion [N]      which completion the token is of, in [0, C)
     token [N]           its id
-    advantage [N]       A
+    advantage [N]       A, as the loss weighs it by who sampled (vLLM's correction)
     m_h, m_f [N]        the predicted shifts, in units of the objective and in nats
     log_pi [N]          log π(a), in nats
     missing_mass [N]    probability outside the support

@@ -209,8 +209,8 @@ def make_trainer(recipe: Recipe) -> tuple[CAPOTrainer, dict[str, int]]:
         )
         if "layerwise" not in args.optim:  # those are made with hooks on the model
             trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
-    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
-        # settings that TRL, transformers or peft refuse, or whose library is missing
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError, OSError) as error:
+        # settings that TRL, transformers or peft refuse, or whose library or vLLM server is missing
         raise RecipeError(f"{recipe.model.model_name_or_path} can't be trained so: {error}") from error
     if (name := recipe.model.model_name_or_path) == "embedded" or name.startswith("package:"):
         trainer.base_model = name

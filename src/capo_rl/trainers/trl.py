@@ -34,11 +34,12 @@ from capo_rl.settings.config import CAPOConfig
 from capo_rl.settings.own import planner_of, updates_of
 from capo_rl.trainers.backbone import Backbone
 from capo_rl.trainers.checks import check_columns, check_deepspeed, check_loss, warn_of_entropy
-from capo_rl.trainers.masking import advantages_of, write_verdicts
+from capo_rl.trainers.masking import write_verdicts
 from capo_rl.trainers.measuring import Measuring
 from capo_rl.trainers.optimizer_steps import OptimizerSteps
 from capo_rl.trainers.rollouts import Unrewarded, amend
 from capo_rl.trainers.rounding import RoundedAway
+from capo_rl.trainers.samplers import Unscored, sampled_log_pi, weighed
 from capo_rl.trainers.state import load_beside, save_beside
 from capo_rl.trainers.step_choice import known_fit, step_model
 
@@ -104,6 +105,7 @@ class CAPOTrainer(GRPOTrainer):
         self.completions = 0
         self.updates, self.optimizer_steps = None, None
         self.backbone, self.measuring = Backbone(self), Measuring(self, args.capo_kl_sample)
+        self._unscored = Unscored()
         check_loss(self, CAPOTrainer)
         if self.is_world_process_zero():
             warn_of_entropy(args)
@@ -140,6 +142,8 @@ class CAPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        if "importance_sampling_ratio" in output:
+            self._unscored.count(self, output)
         amend(self, output, len(inputs), self._rewards_per_func)
         if self.model.training:
             self.completions += len(inputs) * self.accelerator.num_processes
@@ -183,7 +187,7 @@ class CAPOTrainer(GRPOTrainer):
         with self.backbone.hidden_states(model, logits_to_keep) as hidden:
             logps, entropies, aux_loss = score(model)
         if steps.measures:
-            self.measuring.remember(score, mask, advantages_of(inputs, mask), before)
+            self.measuring.remember(score, mask, weighed(self, inputs, mask, logps), before)
         self._select(model, inputs, mask, hidden[0], logps)
         if self.args.capo_tokens_every is not None:
             steps.coming.rollouts.append((inputs, mask))
@@ -205,9 +209,9 @@ class CAPOTrainer(GRPOTrainer):
             hidden[mask],
             head,
             inputs["completion_ids"][mask],
-            advantages_of(inputs, mask)[mask],
+            weighed(self, inputs, mask, logps)[mask],
             subset_numbers(self.args.capo_granularity, mask, inputs.get("capo_group")),
-            None if (old := inputs.get("old_per_token_logps")) is None else old[mask],
+            None if (by := sampled_log_pi(inputs, logps)) is None else by[mask],
             # as where nothing is predicted, and the KL is the same number
             self.measuring.forwards[-1].sample if self.args.capo_mode == "trust_region" else None,
         )
