@@ -1,4 +1,4 @@
-"""A sampler that lags samples with old weights and says how likely it found its tokens; masks look at how far away it is."""
+"""A sampler that lags samples with old weights and says how likely its tokens were; masks look how far away it is."""
 
 from __future__ import annotations
 
