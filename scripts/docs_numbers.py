@@ -306,6 +306,23 @@ def everywhere() -> str:
     )
 
 
+def off_policy() -> str:
+    """The accuracies at the end, of the seeds that the bench has; without a lag or other uses they are the range's."""
+    found = dict(arms("off_policy"))
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
+    seeds = {run["seed"] for runs in found.values() for run in runs}
+    for method, rate in (("default", "1e-2"), ("GRPO", "3e-4")):
+        others = {"none": arms("range")[f"{method}, lr {rate}"]}
+        for uses in ("2 uses", "5 uses"):
+            others[uses] = arms("everywhere")[f"{method}{'' if method == 'default' else f' {rate}'}, {uses}"]
+        found |= {
+            f"{method}, {setting}": [run for run in runs if run["seed"] in seeds] for setting, runs in others.items()
+        }
+    settings = ("none", "lag 1", "lag 4", "lag 16", "2 uses", "5 uses", "lag 4, lr 1e-3", "5 uses, lr 1e-3")
+    rows = [[setting, *(ends(found.get(f"{method}, {setting}", [])) for method in methods)] for setting in settings]
+    return markdown(["", *methods], [row for row in rows if any(row[1:])])
+
+
 def units() -> str:
     return markdown(
         ["model", "lr", "lr ‖h‖₁", "mean 1 − π(a)", "rejected by the paper's bounds", "by the bounds translated"],
@@ -558,6 +575,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "paper-sizes": paper_sizes,
     "everywhere": everywhere,
+    "off-policy": off_policy,
     "units": units,
     "main-lengths": main_lengths,
     "sharpness": sharpness,
