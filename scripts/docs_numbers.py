@@ -318,7 +318,7 @@ def off_policy() -> str:
         found |= {
             f"{method}, {setting}": [run for run in runs if run["seed"] in seeds] for setting, runs in others.items()
         }
-    settings = ("none", "lag 1", "lag 4", "lag 16", "2 uses", "5 uses", "lag 4, lr 1e-3", "5 uses, lr 1e-3")
+    settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16", "lag 16, lr 1e-4", "lag 4, lr 1e-3")
     rows = [[setting, *(ends(found.get(f"{method}, {setting}", [])) for method in methods)] for setting in settings]
     return markdown(["", *methods], [row for row in rows if any(row[1:])])
 
