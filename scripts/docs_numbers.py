@@ -306,21 +306,37 @@ def everywhere() -> str:
     )
 
 
-def off_policy() -> str:
-    """The accuracies at the end, of the seeds that the bench has; without a lag or other uses they are the range's."""
+def off_policy_runs() -> Arms:
+    """The runs of the seeds that the bench has; without a lag, or at 2 and 5 uses, with those of other benches."""
     found = dict(arms("off_policy"))
-    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
     seeds = {run["seed"] for runs in found.values() for run in runs}
     for method, rate in (("default", "1e-2"), ("GRPO", "3e-4")):
         others = {"none": arms("range")[f"{method}, lr {rate}"]}
         for uses in ("2 uses", "5 uses"):
             others[uses] = arms("everywhere")[f"{method}{'' if method == 'default' else f' {rate}'}, {uses}"]
-        found |= {
-            f"{method}, {setting}": [run for run in runs if run["seed"] in seeds] for setting, runs in others.items()
-        }
+        for setting, runs in others.items():
+            found[f"{method}, {setting}"] = [run for run in runs if run["seed"] in seeds]
+    return found
+
+
+def off_policy() -> str:
+    found = off_policy_runs()
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
     settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16", "lag 16, lr 1e-4", "lag 4, lr 1e-3")
     rows = [[setting, *(ends(found.get(f"{method}, {setting}", [])) for method in methods)] for setting in settings]
     return markdown(["", *methods], [row for row in rows if any(row[1:])])
+
+
+def off_policy_at(rate: float, default: bool = False) -> Runs:
+    """The runs with a lag or several uses at a learning rate, of the default or of everything else."""
+    return [
+        run
+        for name, runs in off_policy_runs().items()
+        for run in runs
+        if not name.endswith("none")
+        and name.startswith("default") == default
+        and float(run["settings"]["learning_rate"]) == rate
+    ]
 
 
 def units() -> str:
@@ -628,6 +644,12 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "fewer/REINFORCE": lambda: _fewer(median_to_target("main", "REINFORCE, default")),
     "fewer/96": lambda: _fewer(median_to_target("paper_sizes", "default")),
     "fewer/16": lambda: _fewer(_default_at_16()),
+    "off-policy/default/dead": lambda: str(dead(off_policy_at(1e-2, default=True))),
+    "off-policy/default/runs": lambda: str(len(off_policy_at(1e-2, default=True))),
+    "off-policy/3e-4/dead": lambda: str(dead(off_policy_at(3e-4))),
+    "off-policy/3e-4/runs": lambda: str(len(off_policy_at(3e-4))),
+    "off-policy/1e-4/dead": lambda: str(dead(off_policy_at(1e-4))),
+    "off-policy/1e-4/runs": lambda: str(len(off_policy_at(1e-4))),
     "doctor/dead": lambda: str(doctor()["dead"]),
     "doctor/alive": lambda: str(doctor()["alive"]),
     "doctor/nothing": lambda: str(doctor()["nothing"]),

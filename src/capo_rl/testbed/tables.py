@@ -259,7 +259,7 @@ def _off_policy_table(arms: Arms, path: Path) -> Path | None:
                 str(completions_to_target(*reached(arms[name]))),
                 f"{np.median(away):.1e}" if away else "–",
                 f"{max(away):.1e}" if away else "–",
-                f"{np.mean(rejected):.2%}" if rejected else "–",
+                f"{np.mean(rejected):.2%}" if rejected and away else "–",
                 *_over_budget(arms[name]),
             ]
         )
@@ -283,7 +283,9 @@ def _off_policy_table(arms: Arms, path: Path) -> Path | None:
             "largest update over the budget",
         ],
         rows,
-        "KL(sampler ‖ policy) of each batch's tokens when it is sampled. Updates as in the table of the range.",
+        "KL(sampler ‖ policy) of each batch's tokens when it is sampled. The share that is rejected is known under a lag "
+        "alone: of completions that are used again the results have the first use, when the policy is the sampler. "
+        "Updates as in the table of the range.",
     )
 
 
