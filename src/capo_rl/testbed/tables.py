@@ -260,7 +260,6 @@ def _off_policy_table(arms: Arms, path: Path) -> Path | None:
                 f"{np.median(away):.1e}" if away else "–",
                 f"{max(away):.1e}" if away else "–",
                 f"{np.mean(rejected):.2%}" if rejected and away else "–",
-                *_over_budget(arms[name]),
             ]
         )
     rows.sort(key=lambda row: ("uses" in row[0], int(re.findall(r"\d+", row[0])[0])))
@@ -279,13 +278,10 @@ def _off_policy_table(arms: Arms, path: Path) -> Path | None:
             "KL of the policy from its sampler, median",
             "largest",
             "tokens rejected",
-            "updates above twice the budget",
-            "largest update over the budget",
         ],
         rows,
-        "KL(sampler ‖ policy) of each batch's tokens when it is sampled. The share that is rejected is known under a lag "
-        "alone: of completions that are used again the results have the first use, when the policy is the sampler. "
-        "Updates as in the table of the range.",
+        "KL(sampler ‖ policy) of each batch's tokens when it is sampled. The rejected share is known under a lag "
+        "alone: of completions that are used again the results have the first use, when the policy is the sampler.",
     )
 
 
