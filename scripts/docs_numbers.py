@@ -430,6 +430,52 @@ def everywhere() -> str:
     )
 
 
+def off_policy_runs() -> Arms:
+    """The runs of the seeds that the bench has, and of other benches those without a lag and at 2 and 5 uses."""
+    found = dict(arms("off_policy"))
+    seeds = {run["seed"] for runs in found.values() for run in runs}
+    for name, alone, used in (
+        ("default, {}", "default, lr 1e-2", "default"),
+        ("GRPO, {}", "GRPO, lr 3e-4", "GRPO 3e-4"),
+        ("GRPO, {}, lr 1e-4", "GRPO, lr 1e-4", "GRPO 1e-4"),
+    ):
+        others = {"none": arms("range")[alone]}
+        others |= {uses: arms("everywhere")[f"{used}, {uses}"] for uses in ("2 uses", "5 uses")}
+        for setting, runs in others.items():
+            found[name.format(setting)] = [run for run in runs if run["seed"] in seeds]
+    return found
+
+
+def off_policy() -> str:
+    found = off_policy_runs()
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
+    settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16")
+    rows = [
+        [setting + rate, *(ends(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]
+        for rate in ("", ", lr 1e-4", ", lr 1e-3")
+        for setting in settings
+    ]
+    return markdown(["", *methods], [row for row in rows if any(row[1:])])
+
+
+def off_policy_at(rate: float, default: bool = False) -> Runs:
+    """The runs with a lag or several uses at a learning rate, of the default or of everything else."""
+    return [
+        run
+        for name, runs in off_policy_runs().items()
+        for run in runs
+        if ", none" not in name
+        and name.startswith("default") == default
+        and float(run["settings"]["learning_rate"]) == rate
+    ]
+
+
+def away(name: str) -> str:
+    """The median over an arm's steps of the KL of the policy from its sampler."""
+    found = [kl for run in arms("off_policy")[name] for kl in finite(run["curves"]["off_policy/kl"])]
+    return short(float(np.median(found)))
+
+
 def units() -> str:
     return markdown(
         ["model", "lr", "lr ‖h‖₁", "mean 1 − π(a)", "rejected by the paper's bounds", "by the bounds translated"],
@@ -729,6 +775,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "schedules": schedules,
     "paper-sizes": paper_sizes,
     "everywhere": everywhere,
+    "off-policy": off_policy,
     "units": units,
     "main-lengths": main_lengths,
     "sharpness": sharpness,
@@ -782,6 +829,14 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "fewer/REINFORCE": lambda: _fewer(median_to_target("main", "REINFORCE, default")),
     "fewer/96": lambda: _fewer(median_to_target("paper_sizes", "default")),
     "fewer/16": lambda: _fewer(_default_at_16()),
+    "off-policy/default/dead": lambda: str(dead(off_policy_at(1e-2, default=True))),
+    "off-policy/default/runs": lambda: str(len(off_policy_at(1e-2, default=True))),
+    "off-policy/default/kl": lambda: away("default, lag 16"),
+    "off-policy/GRPO/kl": lambda: away("GRPO, lag 16"),
+    "off-policy/3e-4/dead": lambda: str(dead(off_policy_at(3e-4))),
+    "off-policy/3e-4/runs": lambda: str(len(off_policy_at(3e-4))),
+    "off-policy/1e-4/dead": lambda: str(dead(off_policy_at(1e-4))),
+    "off-policy/1e-4/runs": lambda: str(len(off_policy_at(1e-4))),
     "doctor/dead": lambda: str(doctor()["dead"]),
     "doctor/alive": lambda: str(doctor()["alive"]),
     "doctor/nothing": lambda: str(doctor()["nothing"]),

@@ -202,6 +202,8 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
         "default, twice as deep",
         "GRPO 1e-4, twice as deep",
         "GRPO 3e-4, twice as deep",
+        "GRPO, lag 16",
+        "GRPO, lag 4, lr 1e-3",
     ]
     for arm in arms:
         for seed in (1, 2):
@@ -223,6 +225,8 @@ def test_every_figure_and_table_is_drawn_from_results_alone(tmp_path):
     everywhere = json.loads((tmp_path / "tables" / "everywhere.json").read_text())
     assert [row[0] for row in everywhere["rows"]] == ["twice as deep"]
     assert dict(zip(everywhere["columns"], everywhere["rows"][0], strict=True))["at all its rates"] == "0/4"
+    off_policy = json.loads((tmp_path / "tables" / "off_policy.json").read_text())
+    assert [row[:2] for row in off_policy["rows"]] == [["lag 4", "GRPO"], ["lag 16", "GRPO"], ["5 uses", "ReinCAPO"]]
     language = json.loads((tmp_path / "tables" / "language.json").read_text())
     assert "9 → 14 (13.5 to 14.5)" in language["rows"][0]
     table5 = json.loads((tmp_path / "tables" / "table5.json").read_text())

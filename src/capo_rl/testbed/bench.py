@@ -7,7 +7,7 @@ test: {terms: 8, problems: 128, every: 25}      accuracy on a held-out, harder s
 arms:                              one set of fields an arm; `rival` puts another mask in CAPO's place, `adapt` is the
                                    rate of an `AdaptThresholds`, `train_only` a regular expression for the names of the
                                    weights that learn; `scales`, `second_moment` and `sign` are of `interventions`,
-                                   `judge` of `judgements`
+                                   `judge` of `judgements`, `lag` and `drift` of `off_policy`
   GRPO (A): {}
   random mask: {rival: {name: random, rate: 0.02}}
 grid:                              more arms: every combination of one entry of each
@@ -66,6 +66,8 @@ CURVES = (
     "capo/accepted_tokens",
     "capo/thresholds/fisher",
     "grad_norm",
+    "off_policy/kl",
+    "off_policy/rejected",
 )
 BESIDE = (
     "rival",
@@ -75,6 +77,8 @@ BESIDE = (
     "second_moment",
     "sign",
     "judge",
+    "lag",
+    "drift",
 )  # of an arm, and no fields of a recipe
 _FIELDS = {"recipe", "common", "seeds", "test", "arms", "grid"}
 
@@ -212,6 +216,7 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
     from capo_rl.testbed.held_out import HeldOut
     from capo_rl.testbed.interventions import Scales, WholeSecondMoment, one_sign
     from capo_rl.testbed.judgements import judge
+    from capo_rl.testbed.off_policy import Lag, drift
     from capo_rl.testbed.rivals import rival
     from capo_rl.thresholds.adapt import AdaptThresholds
     from capo_rl.trainers.train import Record, make_trainer
@@ -241,6 +246,10 @@ def _run(bench: Bench, arm: str, seed: int, path: Path) -> None:
             trainer.add_callback(WholeSecondMoment(trainer))
         if beside["scales"] is not None:
             trainer.add_callback(Scales(_scales(bench, seed, path.parents[2], **beside["scales"])))
+        if beside["lag"] is not None:
+            trainer.add_callback(Lag(trainer, **beside["lag"]))
+        if beside["drift"] is not None:
+            drift(trainer, **beside["drift"])
         if trainer.args.kl_budget is not None and trainer.args.capo_kl_sample < 1 and trainer.planner is not None:
             _audit(trainer)
         generation = _timed(trainer, "_generate_and_score_completions")

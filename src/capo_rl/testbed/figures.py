@@ -145,6 +145,20 @@ def _range_figure(arms: Arms, path: Path) -> Path | None:
     return save(figure, path)
 
 
+def _off_policy(arms: Arms, path: Path) -> Path | None:
+    """A sampler whose weights are those of 16 steps ago: accuracy, and how far the policy is from it."""
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected")
+    names = [name for method in methods if (name := f"{method}, lag 16") in arms]
+    if not names:
+        return None
+    figure, (left, right) = new_figure(2, "Completions sampled by the weights of 16 steps ago")
+    band(left, arms, names, "reward", smoothed=True)
+    left.set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
+    band(right, arms, names, "off_policy/kl", smoothed=True)
+    right.set(ylabel="KL of the policy from its sampler, nats a token (smoothed)", yscale="log", ylim=(1e-5, None))
+    return save(figure, path)
+
+
 def _last_layer_share(arms: Arms, path: Path) -> Path | None:
     """How much of each update's KL the last layer carries, by its own second-order prediction."""
     shares: dict[str, list[float]] = {}
@@ -236,6 +250,7 @@ FIGURES: dict[str, Callable[[Arms, Path], Path | None]] = {
         lambda run: max(finite(run["curves"]["capo/kl/measured"])),
         "log",
     ),
+    "fig_off_policy": _off_policy,
     "fig_last_layer_share": _last_layer_share,
     "fig_why": _why,
     "fig_learning_rate": _learning_rates,

@@ -1,4 +1,4 @@
-"""One step from a point of a run, at several lengths and in several forms: where does it take the policy?
+"""One step from a point of a run, taken at several lengths and in several forms, and where it takes the policy.
 
     everything    the step on all tokens
     masked        on those within the paper's bounds, denominators of the accepted tokens, as published

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,58 @@ def _everywhere_table(arms: Arms, path: Path) -> Path | None:
     )
 
 
+def _off_policy_table(arms: Arms, path: Path) -> Path | None:
+    """Each method in each setting, of arms `METHOD, lag STEPS` and `METHOD, USES uses`, with or without `, lr RATE`."""
+
+    def figures(name: str, figure: str) -> list[float]:
+        return [value for run in arms[name] for value in finite(run["curves"].get(f"off_policy/{figure}", []))]
+
+    if not any(figures(name, "kl") for name in arms):
+        return None
+    rows = []
+    for name in arms:
+        if (parts := re.fullmatch(r"(.+?), (lag \d+|\d+ uses)(, lr .+)?", name)) is None:
+            continue
+        away, rejected = figures(name, "kl"), figures(name, "rejected")
+        final = [final_accuracy(run) for run in arms[name]]
+        rows.append(
+            [
+                parts[2],
+                parts[1],
+                f"{float(arms[name][0]['settings'].get('learning_rate', 0)):g}",
+                str(len(final)),
+                _plus_minus(final),
+                f"{min(final):.3f}",
+                f"{sum(collapse(run) is not None for run in arms[name])}/{len(final)}",
+                str(completions_to_target(*reached(arms[name]))),
+                f"{np.median(away):.1e}" if away else "–",
+                f"{max(away):.1e}" if away else "–",
+                f"{np.mean(rejected):.2%}" if rejected and away else "–",
+            ]
+        )
+    rows.sort(key=lambda row: ("uses" in row[0], int(re.findall(r"\d+", row[0])[0])))
+    return _write(
+        path,
+        "Completions of another policy: every method in every setting",
+        [
+            "setting",
+            "method",
+            "learning rate",
+            "seeds",
+            "accuracy, mean ± s.e.",
+            "worst seed",
+            "collapsed",
+            f"completions to {TARGET}",
+            "KL of the policy from its sampler, median",
+            "largest",
+            "tokens rejected",
+        ],
+        rows,
+        "KL(sampler ‖ policy) of each batch's tokens when it is sampled. The rejected share is known under a lag "
+        "alone: of completions that are used again the results have the first use, when the policy is the sampler.",
+    )
+
+
 def _over_budget(runs: Runs) -> tuple[str, str]:
     """The share of the updates above twice the budget, and the largest over it, by what was measured on all tokens."""
     found = [kl for run in runs for kl in finite(run["curves"].get("capo/kl/whole", []))]
@@ -313,6 +366,7 @@ TABLES: dict[str, Callable[[Arms, Path], Path | None]] = {
     "methods": _methods,
     "range": _range_table,
     "everywhere": _everywhere_table,
+    "off_policy": _off_policy_table,
     "language": _language_table,
     "table1": _table1,
     "table5": _table5,
