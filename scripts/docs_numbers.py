@@ -826,6 +826,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "pretrained/default/kl": lambda: short(float(np.mean([np.mean(each) for each in _updates("default")]))),
     "pretrained/default/largest": lambda: short(max(map(max, _updates("default")))),
     "pretrained/tuned/kl": lambda: short(float(np.mean([np.mean(each) for each in _updates("GRPO tuned")]))),
+    "pretrained/points": lambda: str(len(points())),
     "fewer/REINFORCE": lambda: _fewer(median_to_target("main", "REINFORCE, default")),
     "fewer/96": lambda: _fewer(median_to_target("paper_sizes", "default")),
     "fewer/16": lambda: _fewer(_default_at_16()),
