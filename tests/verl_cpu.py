@@ -279,10 +279,11 @@ def small_run(folder, workers=1):
     }
 
 
-def run_trainer(settings, folder, name, kill_after=None):
+def run_trainer(settings, folder, name, kill_after=None, tries=3):
     """What verl's trainer logs, a mapping for each step, started by the recipe's `run.sh` with these settings.
 
-    It is killed once it has logged `kill_after` steps; its words go to a log in the folder.
+    It is killed once it has logged `kill_after` steps; its words go to a log in the folder. Ray gives itself 30 seconds
+    to start, which a busy machine may not have, so it may try again.
     """
     metrics, log = folder / f"{name}.jsonl", folder / f"{name}.log"
     environment = os.environ | {
@@ -299,6 +300,8 @@ def run_trainer(settings, folder, name, kill_after=None):
         try:
             while process.poll() is None and (kill_after is None or len(_logged(metrics)) < kill_after):
                 time.sleep(0.2)
+            if process.poll() and tries > 1 and "node timed out during startup" in log.read_text():
+                return run_trainer(settings, folder, name, kill_after, tries - 1)
             if process.poll():
                 raise RuntimeError(f"verl's trainer ended with {process.returncode}:\n{log.read_text()[-5000:]}")
         finally:
