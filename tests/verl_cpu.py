@@ -143,6 +143,14 @@ def jagged(rows, lengths):
     return torch.nested.nested_tensor_from_jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def _python_path():
+    """Where Ray's processes find these tests, this package, and what the first process found there."""
+    return os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +162,7 @@ def workers_on_ray(count, config, loss):
 
     variables = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
     environment = {name: os.environ[name] for name in variables}
-    environment |= {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
     how = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": environment}}
     ray.init(address="local", num_cpus=2, **how)
     try:
@@ -211,8 +219,6 @@ def cpu_worker():
 
 
 # ---- verl's trainer --------------------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[1]
 
 # What the recipe says of a machine with GPUs and of a large model, as it has to be here.
 ON_CPU = {
@@ -288,7 +294,7 @@ def run_trainer(settings, folder, name, kill_after=None, tries=3):
     metrics, log = folder / f"{name}.jsonl", folder / f"{name}.log"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": _python_path(),
         "VERL_PLATFORM": "cpu",
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu,verl_rollout",
         "VERL_FILE_LOGGER_PATH": str(metrics),
