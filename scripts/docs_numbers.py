@@ -760,6 +760,25 @@ def doctor_figures() -> str:
     return markdown(["figure", "moved before the collapse", "moved in a run that lives", "moved first"], rows)
 
 
+def verl_trainer() -> str:
+    """Quarters of the runs of verl's own trainer."""
+    default, grpo = (read("verl/trainer.json")[arm]["by_step"] for arm in ("default", "GRPO"))
+    rows = []
+    for steps in np.array_split(range(len(default["step"])), 4):
+        cells = [f"{default['step'][steps[0]]} to {default['step'][steps[-1]]}"]
+        for run in (default, grpo):
+            kl = finite([run["capo/kl/measured"][step] for step in steps])
+            cells += [
+                f"{np.mean([run['reward'][step] for step in steps]):.2f}",
+                *(short(each) for each in (np.mean(kl), max(kl))),
+                short(float(np.mean([run["capo/learning_rate"][step] for step in steps]))) if run is default else "",
+            ]
+        rows.append(cells[:-1])
+    figures = ("reward", "KL of an update, mean", "largest", "learning rate")
+    columns = ["steps", *(f"default: {name}" for name in figures), *(f"GRPO: {name}" for name in figures[:3])]
+    return markdown(columns, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "what-it-does": what_it_does,
     "pretrained": pretrained,
@@ -790,6 +809,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "alarms-5": lambda: alarms(5),
     "lower-lr": lower_lr,
     "step": step,
+    "verl-trainer": verl_trainer,
     "doctor": doctor_figures,
     "vllm-lag": vllm_lag,
     "theory-statements": lambda: theory(read("theory/checks.json")["Statements"]),
@@ -841,6 +861,13 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "doctor/dead": lambda: str(doctor()["dead"]),
     "doctor/alive": lambda: str(doctor()["alive"]),
     "doctor/nothing": lambda: str(doctor()["nothing"]),
+    "verl/default": lambda: f"{read('verl/trainer.json')['default']['accuracy']:.2f}",
+    "verl/GRPO": lambda: f"{read('verl/trainer.json')['GRPO']['accuracy']:.2f}",
+    "verl/killed": lambda: str(read("verl/trainer.json")["default"]["killed_after"]),
+    "verl/resumed": lambda: str(read("verl/trainer.json")["default"]["resumed_from"]),
+    "verl/apart": lambda: short(
+        max(max(read("verl/trainer.json")[arm]["by_step"]["rollout_probs_diff_max"]) for arm in ("default", "GRPO"))
+    ),
     "sharpness/runs": lambda: str(read("sharpness.json")["runs"]),
     "sharpness/steps": lambda: f"{read('sharpness.json')['steps']:,}",
 }

@@ -41,7 +41,7 @@ if HAS_VERL:
         from verl.workers.utils.padding import no_padding_2_padding
 
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
-        from verl_cpu import fsdp1_on_cpu, packed, update, workers_on_ray
+        from verl_cpu import fsdp1_on_cpu, packed, run_trainer, small_run, update, workers_on_ray
 
 MASK = {"mode": "mask"}
 OPEN = {"mode": "mask", "share": False, "fisher_threshold": None, "hessian_low": None, "hessian_high": None}
@@ -65,8 +65,8 @@ def test_without_verl_the_error_names_the_extra():
 
 def test_no_other_module_imports_verl():
     package = Path(capo_rl.__file__).parent
-    assert (package / "verl.py").exists()
-    others = [file for file in package.rglob("*.py") if file != package / "verl.py"]
+    assert (package / "verl" / "engine.py").exists()
+    others = [file for file in package.rglob("*.py") if file.parent != package / "verl"]
     assert not [file for file in others if "import verl" in (text := file.read_text()) or "from verl" in text]
 
 
@@ -232,6 +232,18 @@ def test_settings_survive_verls_config_tree():
         "fsdp2",
     )
     assert omega_conf_to_dataclass(off.actor_rollout_ref.actor).capo.capo_mode == "off"
+
+
+@needs_verl
+def test_the_command_of_the_docs_is_one_that_verl_takes():
+    from hydra import compose, initialize_config_module
+    from verl.utils.config import omega_conf_to_dataclass
+
+    page = (HERE.parent / "docs" / "verl.md").read_text()
+    command = page.split("python -m verl.trainer.main_ppo \\\n", 1)[1].split("\n\n", 1)[0]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", command.replace("\\", "").split())
+    assert omega_conf_to_dataclass(config.actor_rollout_ref.actor).capo == CAPOSettings(capo_kl_budget=5e-3)
 
 
 @needs_verl
@@ -765,3 +777,36 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
             torch.testing.assert_close(state[name], moments[name], rtol=1e-3, atol=1e-7)
         for name, each in weights_of(alone).items():
             torch.testing.assert_close(weights[name], each, rtol=1e-3, atol=1e-5)
+
+
+# ---- verl's trainer --------------------------------------------------------------------------------------------------
+
+
+@needs_verl
+@pytest.mark.skipif(
+    importlib.util.find_spec("transfer_queue") is None, reason="verl's trainer needs verl[verl-core] (docs/verl.md)"
+)
+@pytest.mark.timeout(1200)
+def test_verls_trainer_runs_the_recipe_and_goes_on_after_it_was_killed(tmp_path):
+    """`main_ppo` from rollout to checkpoint with two workers; a server of ours stands where vLLM would."""
+    settings = small_run(tmp_path, workers=2) | {
+        "actor_rollout_ref.actor.capo.mode": "trust_region",
+        "actor_rollout_ref.actor.optim.lr": 1e-2,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": 0,
+        "trainer.total_training_steps": 3,
+        "trainer.save_freq": 1,
+    }
+    killed = run_trainer(settings, tmp_path, "killed", kill_after=2)
+    whole = run_trainer(settings, tmp_path, "whole")
+    steps = {row["step"]: row for row in [*killed, *whole]}
+    assert [row["step"] for row in whole][-1] == len(steps) == 3
+    assert len(whole) < 3  # the second goes on from the first one's checkpoint
+    for row in steps.values():
+        assert 0 <= row["critic/score/mean"] <= 1
+        assert row["training/rollout_probs_diff_max"] < 1e-4  # the server has the weights that the last step left
+        assert 0 <= row["actor/capo/kl/measured"] <= 5e-3
+        assert row["actor/capo/learning_rate"] < 1e-2
+    assert steps[1]["actor/capo/scale"] == 2**-10
+    assert steps[3]["actor/capo/scale"] > steps[1]["actor/capo/scale"]  # what the budget's control learned was kept
+    assert [step for step, row in steps.items() if "actor/capo/kl/noise" in row] == [1]
+    assert (tmp_path / "checkpoints" / "global_step_3" / "actor" / "capo_state.safetensors").exists()

@@ -2,13 +2,20 @@
 workers on this machine alone, and its batches without its trainer.
 
 verl ships platforms for CUDA, ROCm and NPU only, and has a registry for others. It asks torch for the process group
-"cpu:gloo,cpu:gloo", which torch refuses, unless there is one already: so it is made beforehand.
+"cpu:gloo,cpu:gloo", which torch refuses, so here it is given "gloo".
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
+from functools import wraps
+from importlib.resources import files
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,7 +57,7 @@ class PlatformCPU(PlatformBase):
         return "CUDA_VISIBLE_DEVICES"
 
     def ray_resource_name(self):
-        return "CPU"
+        return "GPU"  # what verl's trainer counts; Ray is told of as many as it shall have workers
 
     def ray_noset_envvars(self):
         return []
@@ -70,6 +77,17 @@ class PlatformCPU(PlatformBase):
 
     set_device = synchronize = manual_seed = manual_seed_all = set_allocator_settings = _nothing
     empty_cache = profiler_start = profiler_stop = _nothing
+
+
+def _as_torch_has_it(init_process_group):
+    @wraps(init_process_group)
+    def init(backend=None, **how):
+        return init_process_group("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, **how)
+
+    return init
+
+
+dist.init_process_group = _as_torch_has_it(dist.init_process_group)
 
 
 # ---- a mini-batch ----------------------------------------------------------------------------------------------------
@@ -125,6 +143,14 @@ def jagged(rows, lengths):
     return torch.nested.nested_tensor_from_jagged(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def _python_path():
+    """Where Ray's processes find these tests, this package, and what the first process found there."""
+    return os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +162,7 @@ def workers_on_ray(count, config, loss):
 
     variables = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES")
     environment = {name: os.environ[name] for name in variables}
-    environment |= {"PYTHONPATH": os.path.dirname(os.path.abspath(__file__)), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}
     how = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": environment}}
     ray.init(address="local", num_cpus=2, **how)
     try:
@@ -170,7 +196,7 @@ def fsdp1_on_cpu():
 
 
 def cpu_worker():
-    """verl's own `TrainingWorker`, with its process group made beforehand and a look inside."""
+    """verl's own `TrainingWorker`, with a look inside."""
     from verl.single_controller.base.decorator import Dispatch, register
     from verl.workers.engine_workers import TrainingWorker
 
@@ -178,7 +204,6 @@ def cpu_worker():
         def __init__(self, config):
             torch.set_num_threads(1)
             fsdp1_on_cpu()
-            dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
             super().__init__(config)
 
         @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -191,3 +216,106 @@ def cpu_worker():
             return type(self.engine).__name__, self.engine.planner.step.state_dict(), weights
 
     return CPUWorker
+
+
+# ---- verl's trainer --------------------------------------------------------------------------------------------------
+
+# What the recipe says of a machine with GPUs and of a large model, as it has to be here.
+ON_CPU = {
+    "trainer.device": "cpu",
+    "+ray_kwargs.ray_init.address": "local",
+    "+ray_kwargs.ray_init.include_dashboard": False,
+    "ray_kwargs.ray_init.num_cpus": 32,  # verl's count of what it may start; with fewer its transfer queue waits
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+    "actor_rollout_ref.rollout.name": "transformers",  # verl_rollout
+    "actor_rollout_ref.rollout.agent.num_workers": 1,
+    "reward.num_workers": 1,
+    "data.dataloader_num_workers": 0,
+    "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+    "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+    "actor_rollout_ref.model.custom_chat_template": "'{% for each in messages %}{{ each.content }}{% endfor %}'",
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
+    "+actor_rollout_ref.actor.fsdp_config.mixed_precision": "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+    "actor_rollout_ref.rollout.calculate_log_probs": True,  # to compare the server's with the trainer's
+    "trainer.logger": "[console,file]",
+}
+
+
+def small_run(folder, workers=1):
+    """The recipe's settings for the model inside the package on its arithmetic, whose problems are put into `folder`.
+
+    16 completions a step as on the testbed, for two problems; verl grades them with its own MATH reward.
+    """
+    from datasets import Dataset
+
+    from capo_rl.tasks.arithmetic import problems
+
+    for split, seed, count in (("train", 0, 2048), ("test", 1, 256)):
+        rows = [row for row, _ in zip(problems(seed), range(count), strict=False)]
+        Dataset.from_list(
+            [
+                {
+                    "data_source": "DigitalLearningGmbH/MATH-lighteval",
+                    "prompt": [{"role": "user", "content": row["problem"]}],
+                    "ability": "math",
+                    "reward_model": {"style": "rule", "ground_truth": row["answer"]},
+                    "extra_info": {"index": i},
+                }
+                for i, row in enumerate(rows)
+            ]
+        ).to_parquet(folder / f"{split}.parquet")
+    return ON_CPU | {
+        "+ray_kwargs.ray_init.num_gpus": workers,
+        "trainer.n_gpus_per_node": workers,
+        "trainer.default_local_dir": folder / "checkpoints",
+        "hydra.run.dir": folder / "hydra",
+        "actor_rollout_ref.model.path": files("capo_rl") / "embedded",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": workers,  # one server, whatever the workers
+        "data.train_files": folder / "train.parquet",
+        "data.val_files": folder / "test.parquet",
+        "data.max_prompt_length": 64,
+        "data.max_response_length": 48,
+        "data.train_batch_size": 2,
+        "data.seed": 0,
+        "actor_rollout_ref.rollout.temperature": 1.0,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 16 // workers,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 2,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16 // workers,
+        "actor_rollout_ref.actor.capo.max_missing_mass": 0.5,
+    }
+
+
+def run_trainer(settings, folder, name, kill_after=None, tries=3):
+    """What verl's trainer logs, a mapping for each step, started by the recipe's `run.sh` with these settings.
+
+    It is killed once it has logged `kill_after` steps; its words go to a log in the folder. Ray gives itself 30 seconds
+    to start, which a busy machine may not have, so it may try again.
+    """
+    metrics, log = folder / f"{name}.jsonl", folder / f"{name}.log"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": _python_path(),
+        "VERL_PLATFORM": "cpu",
+        "VERL_USE_EXTERNAL_MODULES": "verl_cpu,verl_rollout",
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = ["bash", ROOT / "recipes" / "verl" / "run.sh", *(f"{name}={value}" for name, value in settings.items())]
+    with open(log, "w") as words:
+        process = subprocess.Popen(command, env=environment, stdout=words, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and (kill_after is None or len(_logged(metrics)) < kill_after):
+                time.sleep(0.2)
+            if process.poll() and tries > 1 and "node timed out during startup" in log.read_text():
+                return run_trainer(settings, folder, name, kill_after, tries - 1)
+            if process.poll():
+                raise RuntimeError(f"verl's trainer ended with {process.returncode}:\n{log.read_text()[-5000:]}")
+        finally:
+            process.kill()  # Ray's processes end with the one that started them
+            process.wait()
+    return _logged(metrics)
+
+
+def _logged(metrics):
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [{"step": each["step"]} | each["data"] for each in map(json.loads, lines)]

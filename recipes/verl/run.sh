@@ -4,5 +4,6 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-export VERL_USE_EXTERNAL_MODULES=capo_rl.verl  # Ray's workers on this machine inherit it
+# modules of your own come first; Ray's workers on this machine inherit it
+export VERL_USE_EXTERNAL_MODULES=${VERL_USE_EXTERNAL_MODULES:+$VERL_USE_EXTERNAL_MODULES,}capo_rl.verl
 exec python -m verl.trainer.main_ppo --config-path "$here" --config-name capo_aggressive "$@"

@@ -1,16 +1,11 @@
-"""CAPO on verl: an FSDP engine whose gradient leaves out the tokens that the curvature model rejects.
-
-Needs the extra `capo-rl[verl]`. Loading this module (`VERL_USE_EXTERNAL_MODULES=capo_rl.verl`) registers `CAPOEngine`
-for this machine's accelerator, where verl's registry looks before it looks for verl's own; `CAPOActorConfig` in the
-place of verl's actor config (`actor._target_`) carries the settings and switches it on. Nothing of verl is changed.
+"""verl's FSDP engine with CAPO in it.
 
 How it hooks in. verl's FSDP engine calls the output head as a module, so a forward hook there yields its input h and
 its output W h, unsharded, before the temperature; nothing is projected twice. `prepare_model_outputs` makes of them the
 log-probabilities that the loss reads; the shifts are computed there, and a hook on those log-probabilities reads off
 the weight each token had in the loss. The loss itself is wrapped: with `mask` it gets a copy of the micro-batch with
 the mask in its advantages. `optimizer_step` is where the step is committed, taken at the learning rate it may have,
-measured by the head's logits in another forward pass, and taken back in part. The mathematics is `planner`'s and
-`trust_region`'s, the settings are `own_fields`'.
+measured by the head's logits in another forward pass, and taken back in part.
 
 The seam (an engine subclass with an overridden `prepare_model_outputs` and a wrapped loss function) is that of verl's
 own engines, verl/workers/engine.
@@ -18,185 +13,37 @@ own engines, verl/workers/engine.
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-import re
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-
-try:
-    from verl.utils import tensordict_utils
-    from verl.utils.device import get_device_id, get_device_name, get_vendor
-    from verl.workers.config import FSDPActorConfig
-    from verl.workers.engine.base import EngineRegistry
-    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-    from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
-except ImportError as error:
-    raise ImportError(
-        f"capo_rl.verl needs verl 0.9 and Ray, which the extra capo-rl[verl] installs ({error}); "
-        "how to install it beside TRL is in docs/verl.md"
-    ) from error
+from verl.utils.device import get_device_id, get_device_name, get_vendor
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils.padding import response_to_nested
 
 from capo_rl.curvature.last_layer import logit_rows
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
-from capo_rl.curvature.step import AdamStep, SGDStep
-from capo_rl.curvature.step_model import choose, fit_of_optimizer
 from capo_rl.planning.micro_batch import MicroBatch, check_hooked
 from capo_rl.planning.planner import Planner
-from capo_rl.planning.rerun import drew, random_numbers, random_state, reshard, sampled_rows
+from capo_rl.planning.rerun import random_numbers, random_state, reshard
 from capo_rl.planning.telemetry import rank_correlation, synchronise
-from capo_rl.planning.trust_region import TrustRegion, check_recomputable
+from capo_rl.planning.trust_region import TrustRegion
 from capo_rl.runs.models import check_head
-from capo_rl.runs.records import written_whole
-from capo_rl.settings.own import OwnSettings, check_own, check_units, control_of, planner_of, step_of
-
-# Wherever TRL is installed, verl's FSDP engine changes a method of a class that TRL 1.16 no longer has: an empty one.
-_trl = importlib.util.find_spec("trl")
-if _trl and not any(Path(folder, "experimental", "ppo").exists() for folder in _trl.submodule_search_locations or ()):
-    _ppo = types.ModuleType("trl.experimental.ppo")
-    vars(_ppo)["AutoModelForCausalLMWithValueHead"] = type("AutoModelForCausalLMWithValueHead", (), {})
-    sys.modules[_ppo.__name__] = _ppo
-
-STATE_FILE = "capo_state.safetensors"
-
-# The loss of `selection.accepted_mean` that has the denominator of each of verl's aggregations.
-AGGREGATIONS = {
-    "token-mean": "dapo",
-    "seq-mean-token-mean": "grpo",
-    "seq-mean-token-sum": "dr_grpo",
-    "seq-mean-token-sum-norm": "dr_grpo",
-    "token-sum": "dr_grpo",
-}
-
-# Policy losses that are one term a token, proportional to its own advantage: an advantage of zero leaves the token out.
-MASKABLE_LOSSES = ("vanilla", "dppo_tv", "dppo_kl", "gpg", "cispo")
-
-# Those of them that have log π(a) in a ratio alone: how they lean on an advantage says what a rejected token would have
-# weighed, which the share of the step needs.
-SHAREABLE_LOSSES = ("vanilla",)
-
-# Fields of CAPO's that are verl's own business here, and where to set it.
-_NOT_HERE = {
-    "advantage": "algorithm.adv_estimator and algorithm.norm_adv_by_std_in_grpo say what an advantage is",
-    "tokens_every": "only TRL's adapter records tokens",
-    "watch": "shifts are predicted in every mode but `off`",
-}
-
-
-@dataclass
-class CAPOSettings(OwnSettings):
-    """What `CAPOConfig` has beside TRL's settings, but for what verl chooses itself; under `actor.capo` the names are
-    without `capo_`.
-
-    Raises `ValueError`, naming the field and the fix, for a value out of range, or two that contradict one another.
-    """
-
-    def __post_init__(self) -> None:
-        with _in_verls_words():
-            check_own(self)
-            if self.capo_step != "auto":
-                check_units(self, self.capo_step)
-
-    @classmethod
-    def of(cls, given: Any) -> CAPOSettings:
-        """The settings written under `actor.capo`: a mapping, or nothing."""
-        given = dict(given or {})
-        known = [name for each in fields(cls) if (name := each.name.removeprefix("capo_")) not in _NOT_HERE]
-        if refused := [name for name in given if name in _NOT_HERE]:
-            raise ValueError(f"actor.capo.{refused[0]} is not for verl: {_NOT_HERE[refused[0]]}; leave it out")
-        if unknown := set(given) - set(known):
-            raise ValueError(f"actor.capo has no {', '.join(sorted(unknown))}: it has {', '.join(known)}")
-        if given.get("mode") is False:  # how YAML reads a bare `off`
-            given["mode"] = "off"
-        return cls(**{f"capo_{name}": value for name, value in given.items()})
-
-
-@contextmanager
-def _in_verls_words() -> Iterator[None]:
-    """Errors about CAPO's settings name them as they are written here."""
-    try:
-        yield
-    except ValueError as error:
-        text = re.sub(r"\bcapo_(?!rl\b)", "actor.capo.", str(error))
-        raise ValueError(text.replace("optim='adamw_torch'", "actor.optim.optimizer=AdamW")) from None
-
-
-@dataclass
-class CAPOActorConfig(FSDPActorConfig):
-    """verl's `FSDPActorConfig` with `capo`: name it in `actor_rollout_ref.actor._target_`.
-
-    Raises `ValueError`, naming the field and the fix, for what the adapter cannot do.
-    """
-
-    _mutable_fields = FSDPActorConfig._mutable_fields | {"capo"}
-
-    capo: Any = field(default_factory=CAPOSettings)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.capo, CAPOSettings):
-            self.capo = CAPOSettings.of(self.capo)
-        if self.capo.capo_mode == "off":
-            return
-        _refuse(self.strategy not in ("fsdp", "fsdp2"), f"strategy={self.strategy!r}", "is not FSDP", "use 'fsdp2'")
-        chosen = EngineRegistry.get_engine_cls("language_model", self.strategy)
-        _refuse(
-            not issubclass(chosen, CAPOEngine),
-            f"strategy={self.strategy!r}",
-            f"selects verl's {chosen.__name__} here",
-            "unset VERL_ENGINE_DEVICE and VERL_ENGINE_VENDOR",
-        )
-        split = max(self.ulysses_sequence_parallel_size, self.fsdp_config.ulysses_sequence_parallel_size)
-        _refuse(split > 1, f"ulysses_sequence_parallel_size={split}", "splits a sequence over processes", "use 1")
-        _refuse(self.use_fused_kernels, "use_fused_kernels=True", "hides the output head", "set it to false")
-        _refuse(self.use_prefix_grouper, "use_prefix_grouper=True", "moves tokens between sequences", "set it to false")
-        qat = getattr(self.fsdp_config, "qat", None)
-        _refuse(
-            self.capo.kl_budget is not None and bool(getattr(qat, "enable", False)),
-            "fsdp_config.qat.enable=True",
-            "keeps the scales of weights that a KL budget may take back",
-            "set it to false, or capo.kl_budget=null with another capo.mode",
-        )
-        if self.capo.capo_mode == "mask":
-            _refuse(
-                self.policy_loss.loss_mode not in MASKABLE_LOSSES,
-                f"policy_loss.loss_mode={self.policy_loss.loss_mode!r}",
-                "does not leave a token out when its advantage is zero",
-                f"use one of {', '.join(MASKABLE_LOSSES)}, or capo.mode=monitor",
-            )
-            _refuse(
-                self.loss_agg_mode not in AGGREGATIONS,
-                f"loss_agg_mode={self.loss_agg_mode!r}",
-                "has no mean over accepted tokens",
-                f"use one of {', '.join(AGGREGATIONS)}, or capo.mode=monitor",
-            )
-            _refuse(
-                self.capo.capo_share and self.policy_loss.loss_mode not in SHAREABLE_LOSSES,
-                f"policy_loss.loss_mode={self.policy_loss.loss_mode!r}",
-                "does not say what a rejected token would have weighed, and the share of the step asks for it",
-                f"use one of {', '.join(SHAREABLE_LOSSES)}, or capo.share=false, the paper's mask",
-            )
-
-
-def _refuse(condition: bool, setting: str, reason: str, fix: str) -> None:
-    if condition:
-        raise ValueError(f"actor.{setting} {reason}, which CAPO can't work with: {fix}")
+from capo_rl.verl.actor import AGGREGATIONS, CAPOActorConfig, actor_config
+from capo_rl.verl.again import Again, remembered
+from capo_rl.verl.batches import groups, positions, response_rows, temperature
+from capo_rl.verl.planners import planner_and_region
+from capo_rl.verl.settings import CAPOSettings
+from capo_rl.verl.state import STATE_FILE, check_workers, load_state, save_state
 
 
 @EngineRegistry.register(
@@ -220,8 +67,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
     _head: list[tuple[Tensor, Tensor]] | None = None  # while training: what went through the output head, h and W h
     _planned: MicroBatch | None = None  # the micro-batch whose loss is still to come
     _random: list[Tensor] | None = None  # where the generators stood before the forward pass
-    _again: list[_Again] | None = None  # to measure an update: the step's micro-batches
-    _measured: _Again | None = None  # the one that runs to be measured
+    _again: list[Again] | None = None  # to measure an update: the step's micro-batches
+    _measured: Again | None = None  # the one that runs to be measured
     _logits: Tensor | None = None  # what came of it
     _tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
     _steps = 0  # trained, those that were skipped included
@@ -232,7 +79,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
     # ---- one mini-batch, one optimizer step ----------------------------------------------------------------------
 
     def train_batch(self, data: Any, loss_function: Callable[..., Any]) -> Any:
-        self._actor = _actor_config(loss_function)
+        self._actor = actor_config(loss_function)
         if self._actor.capo.capo_mode == "off":
             return super().train_batch(data, loss_function)
         if self.planner is not None:
@@ -376,9 +223,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
                 "can't see the last layer of this model, and does not train on without it"
             )
         hidden, logits = self._head[0]
-        rows, mask = _response_rows(micro_batch)
+        rows, mask = response_rows(micro_batch)
         if self._measured is not None:
-            at = _positions(micro_batch, hidden)[rows[mask]]
+            at = positions(micro_batch, hidden)[rows[mask]]
             self._logits = logits.flatten(0, 1)[at if self._measured.among is None else at[self._measured.among]]
             return {}
         with torch.autocast(hidden.device.type, enabled=False):  # shifts need more digits than a forward pass
@@ -414,19 +261,19 @@ class CAPOEngine(FSDPEngineWithLMHead):
 
     def _plan(self, micro_batch: Any, hidden: Tensor, logits: Tensor, rows: Tensor, mask: Tensor) -> MicroBatch:
         """The verdicts on a micro-batch's response tokens; hidden and logits as the head saw them, [B, S, ·]."""
-        planner = self._planner_at(_temperature(micro_batch))
+        planner = self._planner_at(temperature(micro_batch))
         assert self._actor is not None
         granularity = self._actor.capo.capo_granularity
         input_ids = micro_batch["input_ids"]
         advantages = micro_batch.select("advantages").to_padded_tensor()["advantages"]
-        at = _positions(micro_batch, hidden)[rows[mask]]
+        at = positions(micro_batch, hidden)[rows[mask]]
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
         return planner.plan(
             hidden[at],
             (logits[some] for some in at.split(logit_rows(logits.shape[-1], logits.device))),
             input_ids.values().roll(-1)[rows[mask]],
             advantages[mask],
-            subset_numbers(granularity, mask, _groups(micro_batch) if granularity == "group" else None),
+            subset_numbers(granularity, mask, groups(micro_batch) if granularity == "group" else None),
         )
 
     def _watch(self, planned: MicroBatch, log_probs: Any, rows: Tensor) -> Tensor:
@@ -451,27 +298,14 @@ class CAPOEngine(FSDPEngineWithLMHead):
         return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets())
 
     def _remember(self, micro_batch: Any, planned: MicroBatch, mask: Tensor) -> None:
-        """Keep what it takes to run the micro-batch again, on the sample of its completions to be measured.
-
-        With random numbers in the forward pass the same come again only to the same shapes, so then the whole
-        micro-batch is run, and the sample is taken from its tokens.
-        """
+        """Keep what it takes to run the micro-batch again, where its update will be measured."""
         assert self._again is not None
         assert self._actor is not None
         assert self._random is not None
-        if not self._due() and (self.region is None or self.region.control is None):
-            return
-        rows = sampled_rows(mask, planned.advantages, self._actor.capo.capo_kl_sample)
-        sampled = torch.zeros_like(mask)
-        sampled[rows] = mask[rows]
-        sample = sampled[mask]
-        if drew(self._random, random_state(self._devices())):
-            self._again.append(_Again(micro_batch, sample, sample, self._random))
-        elif len(rows) == len(mask):
-            self._again.append(_Again(micro_batch, sample, None, None))
-        else:
-            some = tensordict_utils.index_select_tensor_dict(micro_batch, rows)
-            self._again.append(_Again(some, sample, None, None))
+        if self._due() or (self.region is not None and self.region.control is not None):
+            share = self._actor.capo.capo_kl_sample
+            after = random_state(self._devices())
+            self._again.append(remembered(micro_batch, mask, planned.advantages, share, self._random, after))
 
     @contextmanager
     def _watched_head(self) -> Iterator[None]:
@@ -506,7 +340,15 @@ class CAPOEngine(FSDPEngineWithLMHead):
     def _planner_at(self, temperature: float) -> Planner:
         """The planner, made with its trust region at the first micro-batch, with the learning rate as it is now."""
         if self.planner is None:
-            self.planner = self._first_planner(temperature)
+            assert self._actor is not None
+            check_head(self.module, self.model_config.path)
+            processes = Processes(self.get_data_parallel_group())
+            self.planner, self.region = planner_and_region(
+                self._actor.capo, self.optimizer, self.optimizer_config.lr, temperature, processes
+            )
+            if self._restored is not None:
+                self._restore(self.planner, *self._restored)
+                self._restored = None
         if temperature != self.planner.temperature:
             raise ValueError(
                 f"the temperature went from {self.planner.temperature} to {temperature}: CAPO models one policy; keep "
@@ -514,24 +356,6 @@ class CAPOEngine(FSDPEngineWithLMHead):
             )
         self.planner.step.lr = self.optimizer.param_groups[0]["lr"] if self.region is None else self.region.lr()
         return self.planner
-
-    def _first_planner(self, temperature: float) -> Planner:
-        assert self._actor is not None
-        settings: CAPOSettings = self._actor.capo
-        check_head(self.module, self.model_config.path)
-        with _in_verls_words():
-            model = choose(settings.capo_step, settings.capo_mode, fit_of_optimizer(self.optimizer))
-            check_units(settings, model)
-            if settings.kl_budget is not None and settings.capo_kl_control == "optimizer":
-                check_recomputable(self.optimizer)
-        step = _step(settings, model, self.optimizer.param_groups[0])
-        planner = planner_of(settings, step, temperature, Processes(self.get_data_parallel_group()))
-        if settings.changes_the_run:
-            self.region = TrustRegion(self.optimizer, control_of(settings, self.optimizer_config.lr))
-        if self._restored is not None:
-            self._restore(planner, *self._restored)
-            self._restored = None
-        return planner
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -541,37 +365,20 @@ class CAPOEngine(FSDPEngineWithLMHead):
             return  # the same in every process, so one of them writes it
         region = {} if self.region is None else self.region.state_dict()
         counters = {"region": region, "steps": self._steps, "noise_known": self._noise_known}
-        tensors = self.planner.state_dict()
-        with written_whole(Path(local_path) / STATE_FILE) as unfinished:
-            save_file(
-                {name: each.detach().cpu().contiguous().clone() for name, each in tensors.items()},
-                unfinished,
-                metadata={"counters": json.dumps(counters)},
-            )
+        save_state(local_path, self.planner.state_dict(), counters)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and what CAPO has learned where the folder has it; training without it raises.
 
-        Raises `ValueError` for a checkpoint of another number of workers, whose shards verl can't read.
+        Raises `ValueError` for a checkpoint of another number of workers.
         """
-        names = [path.name for path in Path(local_path).glob("model_world_size_*_rank_*.pt")]
-        written, workers = {int(name.split("_")[3]) for name in names}, torch.distributed.get_world_size()
-        if written and workers not in written:
-            raise ValueError(
-                f"{local_path} was written by {min(written)} workers, and these are {workers}: verl reads each "
-                "worker's own shard, so go on with as many (trainer.n_gpus_per_node, trainer.nnodes); or start from "
-                "its weights, merged by `python -m verl.model_merger merge`, as actor_rollout_ref.model.path"
-            )
+        check_workers(local_path, torch.distributed.get_world_size())
         super().load_checkpoint(local_path, *args, **kwargs)
         if self.engine_config.forward_only or self.optimizer is None:
             return
         self.planner = self.region = None  # made anew, from what was saved
-        self._restored = {}, {}
-        path = Path(local_path) / STATE_FILE
-        if path.exists():
-            with safe_open(path, framework="pt", device=str(next(self.module.parameters()).device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                self._restored = tensors, json.loads((file.metadata() or {}).get("counters", "{}"))
+        device = str(next(self.module.parameters()).device)
+        self._restored = load_state(local_path, device) or ({}, {})
 
     def _restore(self, planner: Planner, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         if not tensors:
@@ -584,77 +391,3 @@ class CAPOEngine(FSDPEngineWithLMHead):
             self.region.load_state_dict(counters["region"])
         self._steps = counters.get("steps", 0)
         self._noise_known = counters.get("noise_known", False)
-
-
-@dataclass(frozen=True)
-class _Again:
-    """A micro-batch to run again, or some of its completions: `sample` [n] marks those of its planned tokens that are
-    measured, and `among` the same where more are run; from the `random` numbers it drew in the loss, if it drew any."""
-
-    micro_batch: Any
-    sample: Tensor
-    among: Tensor | None
-    random: list[Tensor] | None
-
-
-def _actor_config(loss_function: Callable[..., Any]) -> CAPOActorConfig:
-    """The settings that came with the loss, which verl hands over as `partial(ppo_loss, config=...)`."""
-    config = getattr(loss_function, "keywords", {}).get("config")
-    if not isinstance(config, CAPOActorConfig):
-        raise RuntimeError(
-            "capo_rl.verl is loaded, and the loss came without its settings: set "
-            "actor_rollout_ref.actor._target_=capo_rl.verl.CAPOActorConfig, and +actor_rollout_ref.actor.capo.mode=off "
-            "if this is to be a run without CAPO"
-        )
-    return config
-
-
-def _step(settings: CAPOSettings, model: str, group: dict[str, Any]) -> AdamStep | SGDStep:
-    """The model of the optimizer's step, with the optimizer's own constants."""
-    if model == "adam" and not {"betas", "eps"} <= set(group):
-        raise ValueError(
-            "actor.capo.step='adam' models Adam, and actor.optim.optimizer has no betas and eps: use an Adam, or "
-            "actor.capo.step=sgd"
-        )
-    beta1, beta2 = group.get("betas", (0.0, 0.0))
-    return step_of(settings, model, float(group["lr"]), (float(beta1), float(beta2)), float(group.get("eps", 0.0)))
-
-
-def _groups(micro_batch: Any) -> Tensor:
-    """The number of each sequence's group: those of one prompt have one `uid`."""
-    uids = tensordict_utils.get(micro_batch, "uid")
-    if uids is None:
-        raise ValueError(
-            "actor.capo.granularity='group' goes by the uid that verl's trainer gives a prompt's completions, and the "
-            "batch has none: use 'sequence' or 'token'"
-        )
-    numbers: dict[Any, int] = {}
-    device = micro_batch["input_ids"].device
-    return torch.tensor([numbers.setdefault(uid, len(numbers)) for uid in uids], device=device)
-
-
-def _temperature(micro_batch: Any) -> float:
-    """The one sampling temperature of a micro-batch."""
-    given = micro_batch["temperature"]
-    if not isinstance(given, Tensor):
-        return float(given)
-    if (given != given.flatten()[0]).any():
-        raise ValueError("sequences of one micro-batch were sampled at different temperatures: CAPO models one policy")
-    return float(given.flatten()[0])
-
-
-def _response_rows(micro_batch: Any) -> tuple[Tensor, Tensor]:
-    """For each response token [B, T]: which of the packed tokens predicts it, and whether it is in the loss."""
-    packed = torch.arange(len(micro_batch["input_ids"].values()), device=micro_batch["input_ids"].device)
-    mask = micro_batch.select("response_mask").to_padded_tensor()["response_mask"].bool()
-    return no_padding_2_padding(packed, micro_batch), mask
-
-
-def _positions(micro_batch: Any, hidden: Tensor) -> Tensor:
-    """Where each of the packed tokens stands in the head's input [B, S, d], flattened to [B·S]."""
-    input_ids = micro_batch["input_ids"]
-    if tensordict_utils.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-        return torch.arange(len(input_ids.values()), device=hidden.device)
-    lengths = input_ids.offsets().diff().to(hidden.device)
-    filled = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-    return filled.flatten().nonzero().squeeze(1)
