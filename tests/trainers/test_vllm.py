@@ -12,6 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from capo_rl import CAPOTrainer
 from capo_rl.settings.recipe import RecipeError, read_recipe
+from capo_rl.trainers.step_choice import torch_optimizer
 from capo_rl.trainers.train import make_trainer
 from conftest import make_model
 from vllm_server import Server, free_port, without_cuda
@@ -260,7 +261,7 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
     steps = []
 
     def look():
-        state = trainer._optimizer().state.get(head) or {"exp_avg": torch.zeros(()), "exp_avg_sq": torch.zeros(())}
+        state = torch_optimizer(trainer).state.get(head) or {"exp_avg": torch.zeros(()), "exp_avg_sq": torch.zeros(())}
         steps.append(
             {
                 "gradient": head.grad.clone(),
@@ -271,13 +272,13 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
             }
         )
 
-    measure = trainer._after_step
+    ended = trainer.optimizer_steps.on_step_end
 
-    def after_step():
+    def on_step_end(*args, **kwargs):
         steps[-1]["after"] = policies(trainer.model, steps[-1]["batches"])
-        measure()
+        ended(*args, **kwargs)
 
-    trainer._after_step = after_step
+    trainer.optimizer_steps.on_step_end = on_step_end
     trainer.add_callback(Watch(look))
     entries = logs(trainer)
     b1, b2, eps = 0.9, 0.999, 1e-8
@@ -314,7 +315,7 @@ def test_shifts_moments_and_kl_are_those_of_a_dense_step(build, serve, mode, cor
         assert entry["capo/kl/measured"] == pytest.approx(float(kl), rel=1e-3)
         assert entry["capo/kl/predicted"] == pytest.approx(share**2 * float(torch.cat(predicted).mean()), rel=1e-3)
     assert any(each["gradient"].any() for each in steps)
-    state = trainer._optimizer().state[head]
+    state = torch_optimizer(trainer).state[head]
     p, q = trainer.planner.step.moments(torch.arange(len(head)))
     torch.testing.assert_close(p.double(), -state["exp_avg"], rtol=1e-3, atol=1e-7)
     torch.testing.assert_close(q.double(), state["exp_avg_sq"], rtol=1e-3, atol=1e-10)
