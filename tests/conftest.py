@@ -22,7 +22,7 @@ SHAPED = {
     "planning": ("divergence", "micro_batch", "planner", "rerun", "share", "step_figures", "telemetry", "updates"),
 }
 jaxtyping.install_import_hook(
-    [f"capo_rl.{room}.{name}" for room, names in SHAPED.items() for name in names], "beartype.beartype"
+    [f"capo_rl.{room}.{name}" for room, names in SHAPED.items() for name in names], "shapes.checked"
 )
 
 import accelerate.utils.imports

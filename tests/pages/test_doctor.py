@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -320,3 +322,11 @@ def test_it_waits_for_nothing_heavy():
     check = "sys.exit(status + 4 * any(x in sys.modules for x in ('torch', 'transformers', 'trl', 'matplotlib')))"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
+
+
+def test_a_reader_that_has_gone_ends_the_command():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-u", "-m", "capo_rl.cli", "doctor"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.stderr, done.returncode) == (b"", 128 + signal.SIGPIPE)

@@ -6,6 +6,7 @@ Commands of one kind share a file, in which what a command takes stands beside w
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _mendable() as error:
         print(f"capo: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it flushes at exit
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:  # a run that trains takes it as a wish for a checkpoint
         print("capo: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
