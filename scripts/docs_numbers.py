@@ -25,7 +25,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table."""
     return "\n".join(
         [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-    ).replace("|  |", "| |")
+    ).replace("|  ", "| ")
 
 
 @cache
