@@ -62,7 +62,7 @@ def requirements(row: dict[str, str]) -> list[str]:
 
 def tools() -> list[str]:
     """What runs the tests."""
-    return [tool for tool in _project()["optional-dependencies"]["dev"] if re.match("pytest|hypothesis", tool)]
+    return [tool for tool in _project()["optional-dependencies"]["dev"] if re.match("pytest|hypothesis|beartype", tool)]
 
 
 def _project() -> dict[str, Any]:
