@@ -155,7 +155,7 @@ def _off_policy(arms: Arms, path: Path) -> Path | None:
     band(left, arms, names, "reward", smoothed=True)
     left.set(ylabel="accuracy in training (smoothed)", ylim=(-0.02, 1.02))
     band(right, arms, names, "off_policy/kl", smoothed=True)
-    right.set(ylabel="KL of the policy from its sampler, nats a token (smoothed)", yscale="log", ylim=(1e-5, None))
+    right.set(ylabel="KL(μ ‖ π), nats a token (smoothed)", yscale="log", ylim=(1e-5, None))
     return save(figure, path)
 
 
