@@ -33,9 +33,7 @@ class Seen:
         """How many there are."""
         return len(self.sample)
 
-    def watch(
-        self, log_pi: Float[Tensor, "sequences time"], mask: Bool[Tensor, "sequences time"], loss_scale: float = 1.0
-    ) -> None:
+    def watch(self, log_pi: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"], loss_scale: float = 1.0) -> None:
         """Read `weights` off the gradient of log π(a) in the backward pass, as `MicroBatch.watch`."""
         check_mask(mask, self.tokens)
         _watch(self, log_pi, mask, marked(mask, self.sample), loss_scale)
@@ -98,10 +96,8 @@ class MicroBatch:
         written.requires_grad_().register_hook(watch)
         return written
 
-    def watch(
-        self, log_pi: Float[Tensor, "sequences time"], mask: Bool[Tensor, "sequences time"], loss_scale: float = 1.0
-    ) -> None:
-        """Read `weights` off the gradient of log π(a) in the backward pass; `mask` marks the tokens.
+    def watch(self, log_pi: Float[Tensor, "*batch"], mask: Bool[Tensor, "*batch"], loss_scale: float = 1.0) -> None:
+        """Read `weights` off the gradient of log π(a) in the backward pass; `mask` marks the tokens, in rows or packed.
 
         It has to be the tensor that the loss is made of, and the loss still to be made. `loss_scale` is what it is
         multiplied by before the backward pass (mixed precision). Raises `ValueError` for another number of tokens,
@@ -131,7 +127,7 @@ def joined(batches: list[MicroBatch]) -> MicroBatch | None:
     )
 
 
-def marked(mask: Bool[Tensor, "sequences time"], some: Bool[Tensor, "tokens"]) -> Bool[Tensor, "sequences time"]:
+def marked(mask: Bool[Tensor, "*batch"], some: Bool[Tensor, "tokens"]) -> Bool[Tensor, "*batch"]:
     """The mask of some of the tokens that `mask` marks.
 
     >>> marked(torch.tensor([[True, False], [True, True]]), torch.tensor([True, False, True]))
@@ -143,7 +139,7 @@ def marked(mask: Bool[Tensor, "sequences time"], some: Bool[Tensor, "tokens"]) -
     return of
 
 
-def check_mask(mask: Bool[Tensor, "sequences time"], tokens: int) -> None:
+def check_mask(mask: Bool[Tensor, "*batch"], tokens: int) -> None:
     """Raises `ValueError` for a mask that is not of so many tokens."""
     if mask.dtype != torch.bool or int(mask.sum()) != tokens:
         raise ValueError(
