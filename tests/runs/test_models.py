@@ -185,7 +185,8 @@ def test_gguf_weights_are_unpacked(monkeypatch, tmp_path):
     with pytest.raises(Stop):
         load_model(str(touch(tmp_path, "m.gguf")))
     assert asked["gguf_file"] == "m.gguf" and asked["trust_remote_code"] is False
-    assert asked["quantization_config"].dequantize is True
+    if hasattr(transformers, "GgufConfig"):  # before it existed, transformers always unpacked
+        assert asked["quantization_config"].dequantize is True
 
 
 def test_a_tokenizer_without_pad_token_pads_with_eos(tmp_path):

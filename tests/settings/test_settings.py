@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from capo_rl import CAPOConfig
 from capo_rl.runs.records import RunFolderError
-from capo_rl.settings.fields import NEEDS, NOT_HERE, RANGES
+from capo_rl.settings.fields import NEEDS, NOT_HERE, RANGES, check_fields
 from capo_rl.settings.recipe import RecipeError, read_recipe
 from capo_rl.trainers.checkpoints import CheckpointError, WholeCheckpoints, checkpoints
 from capo_rl.trainers.train import make_trainer, train
@@ -266,3 +266,12 @@ def test_a_routers_loss_does_not_reach_the_last_layer():
     loss.backward()
     assert model.lm_head.weight.grad is None or not model.lm_head.weight.grad.any()
     assert any(weight.grad is not None and weight.grad.any() for weight in model.parameters())
+
+
+def test_what_transformers_fills_in_is_not_taken_for_a_wish():
+    args = CAPOConfig(output_dir="run", use_cpu=True, bf16=False)
+    args.fsdp_config = {"min_num_params": 0, "xla": False}  # as transformers 5.9 leaves it
+    check_fields([args])
+    args.fsdp_config = {"min_num_params": 1, "xla": False}
+    with pytest.raises(ValueError, match="fsdp_config=.* says nothing without fsdp"):
+        check_fields([args])

@@ -315,12 +315,14 @@ def check_fields(sections: Iterable[Any]) -> None:
 
 
 def _set_by_trl(name: str, given: Mapping[str, Any]) -> bool:
-    """Whether `__post_init__` may have made the value of another field's."""
+    """Whether `__post_init__` may have made the value, of another field's or of nothing."""
     scheduler = str(getattr(given["lr_scheduler_type"], "value", given["lr_scheduler_type"]))
     if name in ("metric_for_best_model", "greater_is_better"):
         return scheduler in ("reduce_lr_on_plateau", "greedy") and given["metric_for_best_model"] == "loss"
     if name == "vllm_importance_sampling_clip_max":
         return given.get("vllm_importance_sampling_cap") is not None
+    if name == "fsdp_config":  # some versions of transformers fill in what says nothing
+        return isinstance(given[name], dict) and not any(given[name].values())
     return name == "include_num_input_tokens_seen" and given[name] == "no"
 
 
