@@ -273,5 +273,5 @@ def test_what_transformers_fills_in_is_not_taken_for_a_wish():
     args.fsdp_config = {"min_num_params": 0, "xla": False}  # as transformers 5.9 leaves it
     check_fields([args])
     args.fsdp_config = {"min_num_params": 1, "xla": False}
-    with pytest.raises(ValueError, match="fsdp_config=.* says nothing without fsdp"):
+    with pytest.raises(ValueError, match=r"fsdp_config=.* says nothing without fsdp"):
         check_fields([args])
