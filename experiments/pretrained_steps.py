@@ -16,7 +16,6 @@ import argparse
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import set_seed
@@ -25,9 +24,10 @@ from capo_rl.runs.models import load_model
 from capo_rl.runs.plots import PALETTE
 from capo_rl.runs.records import versions, write_json
 from capo_rl.settings.recipe import read_recipe
+from capo_rl.statistics import geometric_mean
 from capo_rl.tasks.sentences import QUESTIONS, sentences
 from capo_rl.testbed.drawing import new_figure, save
-from capo_rl.testbed.one_step import FORMS, study
+from capo_rl.testbed.one_step import FORMS, log_pi_change, study
 from capo_rl.testbed.points import Points, read_point
 from capo_rl.trainers.train import make_trainer
 
@@ -88,14 +88,14 @@ def draw(results: Path) -> Path:
     names = {"masked_short": "masked, times ρ", "shortened": "everything, times ρ"}
     for form, colour in zip(FORMS, PALETTE, strict=False):
         rows = [[point["rates"][i][form] for point in points] for i in range(len(RATES))]
-        middle = [_middle(row["kl"] for row in each) for each in rows]
-        low, high = ([_middle(row["kl_quantiles"][q] for row in each) for each in rows] for q in ("q50", "q99"))
+        middle = [geometric_mean(row["kl"] for row in each) for each in rows]
+        low, high = ([geometric_mean(row["kl_quantiles"][q] for row in each) for each in rows] for q in ("q50", "q99"))
         kl.plot(RATES, middle, "o-", color=colour, label=names.get(form, form), markersize=3)
         kl.fill_between(RATES, low, high, color=colour, alpha=0.1, linewidth=0)
     kl.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="KL, nats a token: mean, and median to q99")
     shown = ("everything", "masked", "random")
     for at, sign in enumerate(("positive", "negative")):
-        moved = [[change(point["rates"][1][form], sign) for point in points] for form in shown]
+        moved = [[log_pi_change(point["rates"][1][form], sign) for point in points] for form in shown]
         where = np.arange(len(shown)) + 0.4 * at
         log_pi.bar(where, [np.mean(each) for each in moved], 0.4, color=PALETTE[at], alpha=0.7, label=f"A {'><'[at]} 0")
         for x, each in zip(where, moved, strict=True):
@@ -103,22 +103,11 @@ def draw(results: Path) -> Path:
     log_pi.axhline(0, color="grey", linewidth=0.8)
     log_pi.set(ylabel=f"change of log π(a) at lr {RATES[1]:g}", xticks=np.arange(len(shown)) + 0.2, xticklabels=shown)
     where = [name for name in points[0]["parts"] if name not in ("learning_rate", "all")]
-    share = [_middle(point["parts"][name] / point["parts"]["all"] for point in points) for name in where]
+    share = [geometric_mean(point["parts"][name] / point["parts"]["all"] for point in points) for name in where]
     parts.barh(where, share, color=PALETTE[0], alpha=0.7)
     parts.set(xscale="log", xlabel="KL of these weights alone, over the step's")
     (results / "figures").mkdir(exist_ok=True)
     return save(figure, results / "figures" / "fig_one_step")
-
-
-def change(form: dict[str, Any], sign: str) -> float:
-    """The mean change of log π(a) of the tokens whose advantage has a sign."""
-    kinds = [kind for name, kind in form["by_kind"].items() if name.startswith(sign)]
-    return sum(kind["tokens"] * kind["log_pi"] for kind in kinds) / sum(kind["tokens"] for kind in kinds)
-
-
-def _middle(values: Any) -> float:
-    """The geometric mean."""
-    return float(np.exp(np.mean(np.log(list(values)))))
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from capo_rl.pages.doctor import FIGURES, moved
-from capo_rl.statistics import completions_to_target
+from capo_rl.statistics import completions_to_target, geometric_mean
 from capo_rl.testbed.arms import Arms, Runs, by_rate, collapse, final_accuracy, finite, reached
 from capo_rl.testbed.bench import read_results
+from capo_rl.testbed.one_step import log_pi_change
 from capo_rl.theory.checks import markdown as theory
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -258,11 +259,6 @@ def points() -> list[dict[str, Any]]:
     ]
 
 
-def _middle(values: Iterable[float]) -> float:
-    """The geometric mean."""
-    return float(np.exp(np.mean(np.log(list(values)))))
-
-
 def pretrained_steps() -> str:
     shown = {
         "everything": "on all tokens",
@@ -275,22 +271,16 @@ def pretrained_steps() -> str:
     for at, rate in enumerate(each["learning_rate"] for each in points()[0]["rates"]):
         for form, label in shown.items():
             moved = [point["rates"][at][form] for point in points()]
-            quantiles = (_middle(each["kl_quantiles"][q] for each in moved) for q in ("q50", "q99"))
-            signs = (np.mean([log_pi(each, sign) for each in moved]) for sign in ("positive", "negative"))
+            quantiles = (geometric_mean(each["kl_quantiles"][q] for each in moved) for q in ("q50", "q99"))
+            signs = (np.mean([log_pi_change(each, sign) for each in moved]) for sign in ("positive", "negative"))
             rows.append(
-                [short(rate), label, f"{_middle(each['scale'] for each in moved):.2g}"]
-                + [short(_middle(each["kl"] for each in moved)), *map(short, quantiles)]
+                [short(rate), label, f"{geometric_mean(each['scale'] for each in moved):.2g}"]
+                + [short(geometric_mean(each["kl"] for each in moved)), *map(short, quantiles)]
                 + [f"{each:+.2g}" for each in signs]
                 + [f"{np.mean([each['perplexity'] for each in moved]):.1f}"]
             )
     columns = ("learning rate", "the step", "length", "KL, nats a token", "median token", "99th percentile")
     return markdown([*columns, "log π(a), A > 0", "A < 0", "perplexity"], rows)
-
-
-def log_pi(form: dict[str, Any], sign: str) -> float:
-    """The mean change of log π(a) of the tokens whose advantage has a sign."""
-    kinds = [kind for name, kind in form["by_kind"].items() if name.startswith(sign)]
-    return sum(kind["tokens"] * kind["log_pi"] for kind in kinds) / sum(kind["tokens"] for kind in kinds)
 
 
 def pretrained_rejected() -> str:
@@ -333,8 +323,8 @@ def pretrained_kinds() -> str:
 
 def pretrained_parts() -> str:
     names = [name for name in points()[0]["parts"] if name not in ("learning_rate", "all")]
-    alone = [_middle(p["parts"][name] / p["parts"]["all"] for p in points()) for name in names]
-    predicted = _middle(p["rates"][1]["everything"]["predicted"] / p["parts"]["all"] for p in points())
+    alone = [geometric_mean(p["parts"][name] / p["parts"]["all"] for p in points()) for name in names]
+    predicted = geometric_mean(p["rates"][1]["everything"]["predicted"] / p["parts"]["all"] for p in points())
     return markdown(
         ["moved alone, lr 2e-4", *names, "predicted by the last layer"],
         [["its KL over the whole step's", *(f"{each:.1e}" for each in [*alone, predicted])]],

@@ -32,6 +32,15 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     return float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan
 
 
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm, of values above zero: the middle of figures that differ by factors.
+
+    >>> round(geometric_mean([1e-4, 1e-2]), 12)
+    0.001
+    """
+    return float(np.exp(np.mean(np.log(list(values)))))
+
+
 def iqm(values: Iterable[float]) -> float:
     """The interquartile mean (Agarwal et al., Section 4.3): the mean of the middle half of the sorted values.
 

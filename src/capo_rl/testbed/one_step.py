@@ -282,6 +282,12 @@ def divergence(was: Seen, now: Seen) -> Tensor:
     return (was.log_pi.exp() * (delta.expm1() - delta)).sum(1)
 
 
+def log_pi_change(form: dict[str, Any], sign: str) -> float:
+    """The mean change of log π(a) of the tokens whose advantage is `positive` or `negative`, of one form in a study."""
+    kinds = [kind for name, kind in form["by_kind"].items() if name.startswith(sign)]
+    return sum(kind["tokens"] * kind["log_pi"] for kind in kinds) / sum(kind["tokens"] for kind in kinds)
+
+
 def _held_out(texts: Texts, was: Seen, now: Seen) -> dict[str, float]:
     """The change of the expected reward, Σ (w − 1)(r − r̄) / n with w = π'(y) / π(y) of whole completions, its standard
     error, and the effective number of completions."""
