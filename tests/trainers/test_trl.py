@@ -753,6 +753,35 @@ def test_kl_is_sampled_among_completions_that_have_tokens(build, dropout):
         assert 0 < entry["capo/kl/measured"] < 10.0
 
 
+@pytest.mark.parametrize("watch", [False, True])
+def test_kl_is_sampled_from_the_step_and_not_from_each_of_its_micro_batches(build, watch):
+    """With micro-batches of one, all of them were measured, whatever the share."""
+    trainer = build(
+        capo_mode="trust_region",
+        capo_watch=watch,
+        capo_kl_sample=0.25,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        max_steps=2,
+    )
+    ran, sampled = [], []
+    measure = trainer.optimizer_steps.measure_kl
+
+    def measure_kl():
+        forwards = trainer.measuring.forwards
+        ran.append([forward.run is not None for forward in forwards])
+        sampled.append(sum(int(forward.sample.sum()) for forward in forwards))
+        moved = measure()
+        assert len(moved.kl) == sampled[-1]
+        return moved
+
+    trainer.optimizer_steps.measure_kl = measure_kl
+    for entry in logs(trainer):
+        assert 0 < entry["capo/kl/measured"] <= trainer.args.kl_budget
+    assert all(each == [True, False, False, False, True, False, False, False] for each in ran)
+    assert all(sampled)
+
+
 @pytest.mark.parametrize("control", [None, "copy", "optimizer", "learning_rate"])
 def test_a_step_without_tokens_is_not_measured_and_left_out_under_a_budget(build, control):
     budget = {} if control is None else {"capo_kl_budget": 10.0, "capo_kl_control": control}

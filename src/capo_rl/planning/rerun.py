@@ -4,8 +4,10 @@ and with shards as they are now.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,27 +42,46 @@ def random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> I
         _set_random_state(devices, before)
 
 
-def sampled_rows(
-    mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "tokens"], share: float
-) -> Int[Tensor, "rows"]:
-    """Which of the completions of a mask to measure an update on: a share of those that have tokens, ascending.
+@dataclass
+class Sample:
+    """Which of a step's completions to measure its update on: a share of those that have tokens, counted over the step.
 
-    Where none has, one is run for form's sake, since with shards all processes have to take part. The gradient moves
-    most what it was made of, so those with the largest advantages are taken: the estimate is rather too large than
-    too small.
+    Each micro-batch, of whatever size, gives what is missing to ⌈share · completions so far⌉, so the first gives one at
+    least. The gradient moves most what it was made of, so of a micro-batch those with the largest advantages are taken:
+    the estimate is rather too large than too small.
 
     >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
-    >>> sampled_rows(mask, torch.tensor([0.5, 0.5, -2.0]), share=0.5)
+    >>> sample = Sample(share=0.5)
+    >>> sample.rows(mask, torch.tensor([0.5, 0.5, -2.0]))
     tensor([1])
+    >>> sample.rows(mask[:1], torch.tensor([1.0, 1.0])), sample.rows(mask[:1], torch.tensor([1.0, 1.0]))
+    (tensor([0]), tensor([], dtype=torch.int64))
     """
-    rows = torch.arange(len(mask), device=mask.device)
-    if share >= 1:
-        return rows
-    rows = rows[mask.any(dim=1)] if mask.any() else rows[:1]
-    size = torch.zeros(mask.shape, device=mask.device)
-    size[mask] = advantages.abs().float()
-    largest = size.amax(dim=1)[rows].argsort(descending=True, stable=True)
-    return rows[largest[: max(1, round(share * len(rows)))]].sort().values
+
+    share: float
+    completions: int = 0
+    taken: int = 0
+
+    def rows(
+        self, mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "tokens"], least: int = 0
+    ) -> Int[Tensor, "rows"]:
+        """Those of the coming micro-batch, whose tokens are `mask`, ascending.
+
+        `least`: so many at least, and the first where none has tokens; with shards all processes have to take part in
+        each forward pass.
+        """
+        rows = torch.arange(len(mask), device=mask.device)
+        if self.share >= 1:
+            return rows
+        there = rows[mask.any(dim=1)]
+        self.completions += len(there)
+        wanted = math.ceil(self.share * self.completions - 1e-9)  # 0.1 · 30 is a little above 3
+        size = torch.zeros(mask.shape, device=mask.device)
+        size[mask] = advantages.abs().float()
+        largest = size.amax(dim=1)[there].argsort(descending=True, stable=True)
+        chosen = there[largest[: max(least, wanted - self.taken)]].sort().values
+        self.taken += len(chosen)
+        return chosen if len(chosen) else rows[:least]
 
 
 def reshard(model: nn.Module) -> None:

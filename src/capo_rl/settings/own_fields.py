@@ -162,7 +162,7 @@ class CAPOFields:
     )
     capo_kl_sample: float = field(
         default=0.25,
-        metadata={"help": "The share of a micro-batch's completions on which KL is measured."},
+        metadata={"help": "The share of a step's completions on which KL is measured, those with the largest advantages of each micro-batch."},
     )
     capo_watch: bool = field(
         default=False,

@@ -334,7 +334,7 @@ def _audit(trainer: Any) -> None:
                 whole.hidden_now, trainer.backbone.head(trainer.model_wrapped), everything
             ).kl
             trainer.record_figures({"capo/kl/whole": float(kl.double().mean())})
-        whole.forwards.clear()
+        whole.clear()
         return clear()
 
     trainer.measuring.remember, trainer.planner.clear = remembered, cleared

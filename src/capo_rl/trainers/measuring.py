@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 
-from capo_rl.planning.rerun import drew, random_numbers, random_state, reshard, sampled_rows
+from capo_rl.planning.rerun import Sample, drew, random_numbers, random_state, reshard
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
@@ -23,9 +23,10 @@ _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_G
 @dataclass(frozen=True)
 class Forward:
     """A micro-batch's backbone, to run again: on some completions, whose tokens are `mask` [b, T] in the forward and
-    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any."""
+    `sample` [n] among the tokens of the micro-batch; from the `random` numbers it drew in the loss, if it drew any.
+    Where no completion of it is in the sample, and no other process waits for this one, there is nothing to `run`."""
 
-    run: Callable[[nn.Module], Any]
+    run: Callable[[nn.Module], Any] | None
     mask: Tensor
     sample: Tensor
     random: list[Tensor] | None
@@ -36,8 +37,13 @@ class Measuring:
 
     def __init__(self, trainer: Any, share: float) -> None:
         self.trainer, self.share = trainer, share
-        self.forwards: list[Forward] = []
+        self.clear()
         self._generators: list[torch.device] | None = None  # the devices whose random numbers the model may draw
+
+    def clear(self) -> None:
+        """Begin with the next step."""
+        self.forwards: list[Forward] = []
+        self._sample = Sample(self.share)
 
     def random_state(self, model: Any) -> list[Tensor]:
         """Where the generators stand that the model may draw from."""
@@ -55,16 +61,20 @@ class Measuring:
         random = before if drew(before, after) else None
         inputs = {name: score.keywords[name] for name in ("input_ids", "attention_mask")}
         more = sorted(name for name in score.keywords.keys() - inputs - _SCORING if score.keywords[name] is not None)
+        whole = trainer.accelerator.distributed_type in _WHOLE
         # of more inputs it is not known which belong to a completion
-        share = 1.0 if more else self.share
-        rows = sampled_rows(mask, advantages[mask], share)
+        sample = Sample(1.0) if more else self._sample
+        rows = sample.rows(mask, advantages[mask], least=0 if whole else 1)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
-        if share < 1 and random is None:
+        if sample.share < 1 and random is None:
             inputs = {name: value[rows] for name, value in inputs.items()}
             run_on = mask[rows]
-        if more or is_peft_model(trainer.model) or trainer.accelerator.distributed_type not in _WHOLE:
+        run: Callable[[nn.Module], Any] | None
+        if not len(rows):
+            run = None
+        elif more or is_peft_model(trainer.model) or not whole:
             # Through TRL's scoring, which knows what to do with more inputs, and the wrapper, which brings shards
             # together or may prepend the tokens of a tuned prompt.
             run = partial(score.func, **score.keywords | inputs | {"logits_to_keep": 1, "compute_entropy": False})
@@ -75,6 +85,8 @@ class Measuring:
     def hidden_now(self, micro_batch: int) -> Tensor:
         """The hidden states of a micro-batch's sampled tokens under the weights as they are now."""
         trainer, forward = self.trainer, self.forwards[micro_batch]
+        if forward.run is None:
+            return trainer.backbone.head(trainer.model_wrapped).weight[:0].detach()
         with (
             random_numbers(self._devices(trainer.model_wrapped), forward.random),
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),

@@ -89,7 +89,7 @@ class OptimizerSteps(TrainerCallback):
             self.region.restore()
         self.region = TrustRegion(optimizer, self.budget) if args.changes_the_run else None
         self.updates.clear()
-        trainer.measuring.forwards.clear()
+        trainer.measuring.clear()
         self.coming = Coming()
         if args.capo_tokens_every is not None and state.is_world_process_zero:
             rewind_steps(args.output_dir, state.global_step)
@@ -210,7 +210,7 @@ class OptimizerSteps(TrainerCallback):
         if updates.processes.count > 1:
             figures["capo/bytes"] = float(updates.processes.take_bytes())
         trainer.record_figures(figures | {"capo/seconds": updates.clear()})
-        trainer.measuring.forwards.clear()
+        trainer.measuring.clear()
 
     def measure_kl(self) -> Moved:
         """How far the weights as they are now are from the policy before the step, on the sampled tokens."""

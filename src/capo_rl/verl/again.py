@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from verl.utils import tensordict_utils
 
-from capo_rl.planning.rerun import drew, sampled_rows
+from capo_rl.planning.rerun import Sample, drew
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,16 @@ class Again:
 
 
 def remembered(
-    micro_batch: Any, mask: Tensor, advantages: Tensor, share: float, before: list[Tensor], after: list[Tensor]
+    micro_batch: Any, mask: Tensor, advantages: Tensor, step: Sample, before: list[Tensor], after: list[Tensor]
 ) -> Again:
-    """What it takes to run a micro-batch again on a `share` of its completions.
+    """What it takes to run a micro-batch again on its part of a step's sample, of one completion at least: FSDP has all
+    workers take part in each forward pass.
 
     Its response tokens are `mask` [b, T], their advantages lie in [n]; `before` and `after` is where the generators
     stood around its forward pass. With random numbers in that pass the same come again only to the same shapes, so then
     the whole micro-batch is run, and the sample is taken from its tokens.
     """
-    rows = sampled_rows(mask, advantages, share)
+    rows = step.rows(mask, advantages, least=1)
     sampled = torch.zeros_like(mask)
     sampled[rows] = mask[rows]
     sample = sampled[mask]

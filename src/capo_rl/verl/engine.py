@@ -34,7 +34,7 @@ from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
 from capo_rl.planning.micro_batch import MicroBatch, check_hooked
 from capo_rl.planning.planner import Planner
-from capo_rl.planning.rerun import random_numbers, random_state, reshard
+from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion
 from capo_rl.runs.models import check_head
@@ -68,6 +68,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
     _planned: MicroBatch | None = None  # the micro-batch whose loss is still to come
     _random: list[Tensor] | None = None  # where the generators stood before the forward pass
     _again: list[Again] | None = None  # to measure an update: the step's micro-batches
+    _sample: Sample  # of them
     _measured: Again | None = None  # the one that runs to be measured
     _logits: Tensor | None = None  # what came of it
     _tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
@@ -84,7 +85,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
             return super().train_batch(data, loss_function)
         if self.planner is not None:
             self.planner.clear()  # of a step that was broken off
-        self._figures, self._again = {}, []
+        self._figures, self._again, self._sample = {}, [], Sample(self._actor.capo.capo_kl_sample)
         outputs = super().train_batch(data, loss_function)
         self._again = None
         outputs["metrics"] |= {name: [value] for name, value in self._figures.items()}
@@ -300,12 +301,10 @@ class CAPOEngine(FSDPEngineWithLMHead):
     def _remember(self, micro_batch: Any, planned: MicroBatch, mask: Tensor) -> None:
         """Keep what it takes to run the micro-batch again, where its update will be measured."""
         assert self._again is not None
-        assert self._actor is not None
         assert self._random is not None
         if self._due() or (self.region is not None and self.region.control is not None):
-            share = self._actor.capo.capo_kl_sample
             after = random_state(self._devices())
-            self._again.append(remembered(micro_batch, mask, planned.advantages, share, self._random, after))
+            self._again.append(remembered(micro_batch, mask, planned.advantages, self._sample, self._random, after))
 
     @contextmanager
     def _watched_head(self) -> Iterator[None]:
