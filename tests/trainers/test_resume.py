@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from capo_rl import CAPOTrainer
-from capo_rl.trainers.state import ROLLOUTS_FILE, STATE_FILE
+from capo_rl.runs.saved_state import STATE_FILE
+from capo_rl.trainers.state import ROLLOUTS_FILE
 
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
 

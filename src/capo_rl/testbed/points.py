@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from capo_rl.runs.models import ModelError
+from capo_rl.runs.saved_state import load_state, save_state
 from capo_rl.testbed.held_out import rewards, sampled
-from capo_rl.trainers.state import load_state, save_state
 
 Row = dict[str, Any]
 

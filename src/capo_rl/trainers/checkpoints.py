@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from capo_rl.runs.records import RunFolderError, write_json
-from capo_rl.trainers.state import STATE_FILE
+from capo_rl.runs.saved_state import STATE_FILE
 from capo_rl.trainers.trl import CAPOTrainer
 
 MANIFEST = "manifest.json"

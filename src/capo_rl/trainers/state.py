@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from capo_rl.curvature.step_model import DECIDING
-from capo_rl.runs.records import written_whole
+from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "capo_state.safetensors"
 # Rollouts that are still to be trained on, of each process its own.
 ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
 
@@ -110,23 +107,6 @@ def load_beside(trainer: Any, checkpoint: Path) -> None:
     path = checkpoint / ROLLOUTS_FILE.format(process=trainer.accelerator.process_index)
     if path.exists():
         trainer._buffered_inputs = load_rollouts(path, trainer.accelerator.device)
-
-
-def save_state(path: Path, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-    """Write tensors and what JSON can say beside them; whole or not at all."""
-    with written_whole(path) as unfinished:
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            unfinished,
-            metadata={"counters": json.dumps(counters)},
-        )
-
-
-def load_state(path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `save_state` wrote."""
-    with safe_open(path, framework="pt") as file:  # safetensors knows no "cpu:0", which is how Accelerate counts CPUs
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return tensors, json.loads(file.metadata()["counters"])
 
 
 def save_rollouts(path: Path, rollouts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,8 +5,8 @@ for this machine's accelerator, where verl's registry looks before it looks for 
 place of verl's actor config (`actor._target_`) carries the settings and switches it on. Nothing of verl is changed.
 
 `engine` is the adapter, and `actor` its config with `settings` in it; `batches` reads verl's packed micro-batches,
-`again` runs them once more to measure an update, `planners` makes the planner of the settings, `state` is what
-checkpoints hold beside verl's; `installed` says so where verl is missing. The mathematics is `planning`'s.
+`again` runs them once more to measure an update, `planners` makes the planner of the settings, `checkpoints`
+refuses those of another number of workers; `installed` says so where verl is missing. The mathematics is `planning`'s.
 """
 
 from capo_rl.verl import installed  # noqa: F401 (before the others, which need verl)

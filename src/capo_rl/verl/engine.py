@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +39,13 @@ from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion
 from capo_rl.runs.models import check_head
+from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
 from capo_rl.verl.actor import AGGREGATIONS, CAPOActorConfig, actor_config
 from capo_rl.verl.again import Again, remembered
 from capo_rl.verl.batches import groups, positions, response_rows, temperature
+from capo_rl.verl.checkpoints import check_workers
 from capo_rl.verl.planners import planner_and_region
 from capo_rl.verl.settings import CAPOSettings
-from capo_rl.verl.state import STATE_FILE, check_workers, load_state, save_state
 
 
 @EngineRegistry.register(
@@ -364,7 +366,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
             return  # the same in every process, so one of them writes it
         region = {} if self.region is None else self.region.state_dict()
         counters = {"region": region, "steps": self._steps, "noise_known": self._noise_known}
-        save_state(local_path, self.planner.state_dict(), counters)
+        save_state(Path(local_path, STATE_FILE), self.planner.state_dict(), counters)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and what CAPO has learned where the folder has it; training without it raises.
@@ -376,8 +378,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if self.engine_config.forward_only or self.optimizer is None:
             return
         self.planner = self.region = None  # made anew, from what was saved
-        device = str(next(self.module.parameters()).device)
-        self._restored = load_state(local_path, device) or ({}, {})
+        path = Path(local_path, STATE_FILE)
+        self._restored = load_state(path, next(self.module.parameters()).device) if path.exists() else ({}, {})
 
     def _restore(self, planner: Planner, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         if not tensors:
