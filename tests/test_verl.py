@@ -625,6 +625,37 @@ def test_steps_are_as_long_as_those_of_the_trl_adapter(build, engine, capo, reco
 
 
 @needs_verl
+@pytest.mark.parametrize("mode", ["trust_region", "mask", "shorten"])
+def test_the_importance_weights_of_a_rollout_correction_are_in_the_advantages(engine, mode):
+    """A batch with verl's weights w gets the verdicts, moments, length and step of one whose advantages are w A."""
+    batch = make_batch(sequences=8)
+    draw = torch.Generator().manual_seed(3)
+    ratio = (2 * torch.rand(batch["advantages"].shape, generator=draw)).where(
+        torch.rand(batch["advantages"].shape, generator=draw) > 0.3, 0
+    )
+    kinds = {
+        "corrected": batch | {"rollout_is_weights": ratio},
+        "weighed": batch | {"advantages": ratio * batch["advantages"]},
+    }
+    seen = {}
+    for name, each in kinds.items():
+        built, loss = engine(capo=NARROW | {"mode": mode, "kl_sample": 0.5})
+        (out,) = train(built, loss, [with_old_log_probs(built, each)])
+        figures = {
+            key: value[0] for key, value in out["metrics"].items() if key.startswith("capo/") and "seconds" not in key
+        }
+        verdicts, shifts = torch.cat(built.verdicts[-1]), torch.cat([part.m_h for part in built.shifts[-1]])
+        seen[name] = verdicts, shifts, built.planner.step.state_dict()["p"], figures, weights_of(built)
+    ours, theirs = seen["corrected"], seen["weighed"]
+    assert torch.equal(ours[0], theirs[0])
+    assert mode == "trust_region" or not ours[0].all()  # whose first step is short
+    torch.testing.assert_close(ours[1:3], theirs[1:3])
+    assert ours[3] == pytest.approx(theirs[3], rel=1e-3, nan_ok=True)
+    for name, weight in ours[4].items():
+        torch.testing.assert_close(weight, theirs[4][name], rtol=1e-4, atol=1e-5)
+
+
+@needs_verl
 def test_an_update_over_the_budget_is_taken_back(engine):
     """Its KL is at most the budget, and under `copy` every step is the schedule's."""
     for control in ("learning_rate", "copy", "optimizer"):

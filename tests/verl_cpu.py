@@ -120,8 +120,7 @@ def packed(batch, remove_padding=True, temperature=0.9, nested=False, micro_batc
         "calculate_entropy": entropy,
         **({} if nested else {"max_response_len": mask.shape[1]}),
     }
-    if "ref_log_prob" in batch:
-        tensors["ref_log_prob"] = batch["ref_log_prob"]
+    tensors |= {name: batch[name] for name in ("ref_log_prob", "rollout_is_weights") if name in batch}
     if "uid" in batch:
         tensors["uid"] = batch["uid"]
     (tensors if isinstance(temperature, torch.Tensor) else settings)["temperature"] = temperature

@@ -5,7 +5,7 @@ drift   in the place of TRL's own off-policy mask one that looks at how far the 
         total_variation   DPPO's binary mask (arXiv 2602.04879): the tokens with |π(a) − μ(a)| above the bound where
                           the step takes them further
         largest_ratio     whole completions with a token whose |log π(a)/μ(a)| is above the bound, and
-        mean_kl           those whose mean π/μ − 1 − log π/μ is: the trust region mask's two criteria
+        mean_kl           those whose mean π/μ − 1 − log π/μ is: the trust region mask's two criteria (2512.23075)
         negative          TRL's (DeepSeek-V3.2): completions with A < 0 whose mean log μ/π is above the bound
 """
 

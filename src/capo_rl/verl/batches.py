@@ -33,6 +33,15 @@ def temperature(micro_batch: Any) -> float:
     return float(given.flatten()[0])
 
 
+def weighed_advantages(micro_batch: Any) -> Tensor:
+    """verl's advantages [B, T] as its loss weighs them by who sampled: times the importance weights of its rollout
+    correction, where the batch has them."""
+    fields = [name for name in ("advantages", "rollout_is_weights") if name in micro_batch]
+    padded = micro_batch.select(*fields).to_padded_tensor()
+    advantages: Tensor = padded["advantages"]
+    return advantages * padded["rollout_is_weights"] if "rollout_is_weights" in padded else advantages
+
+
 def response_rows(micro_batch: Any) -> tuple[Tensor, Tensor]:
     """For each response token [B, T]: which of the packed tokens predicts it, and whether it is in the loss."""
     packed = torch.arange(len(micro_batch["input_ids"].values()), device=micro_batch["input_ids"].device)

@@ -42,7 +42,7 @@ from capo_rl.runs.models import check_head
 from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
 from capo_rl.verl.actor import AGGREGATIONS, CAPOActorConfig, actor_config
 from capo_rl.verl.again import Again, remembered
-from capo_rl.verl.batches import groups, positions, response_rows, temperature
+from capo_rl.verl.batches import groups, positions, response_rows, temperature, weighed_advantages
 from capo_rl.verl.checkpoints import check_workers
 from capo_rl.verl.planners import planner_and_region
 from capo_rl.verl.settings import CAPOSettings
@@ -268,14 +268,13 @@ class CAPOEngine(FSDPEngineWithLMHead):
         assert self._actor is not None
         granularity = self._actor.capo.capo_granularity
         input_ids = micro_batch["input_ids"]
-        advantages = micro_batch.select("advantages").to_padded_tensor()["advantages"]
         at = positions(micro_batch, hidden)[rows[mask]]
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
         return planner.plan(
             hidden[at],
             (logits[some] for some in at.split(logit_rows(logits.shape[-1], logits.device))),
             input_ids.values().roll(-1)[rows[mask]],
-            advantages[mask],
+            weighed_advantages(micro_batch)[mask],
             subset_numbers(granularity, mask, groups(micro_batch) if granularity == "group" else None),
         )
 
