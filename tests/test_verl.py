@@ -490,7 +490,7 @@ def test_several_temperatures_are_an_error(engine):
 
 @needs_verl
 def test_adams_step_model_wants_adam(engine):
-    built, loss = engine(capo={"step": "adam"}, optimizer={"optimizer": "SGD"})
+    built, loss = engine(capo={"step": "adam", "watch": True}, optimizer={"optimizer": "SGD"})
     with pytest.raises(ValueError, match=r"actor\.capo\.step='adam' models Adam"):
         train(built, loss, [make_batch()])
     built, loss = engine(capo={}, optimizer={"optimizer": "SGD"})  # `auto`
@@ -590,9 +590,8 @@ def test_masks_shifts_moments_and_weights_are_those_of_the_trl_adapter(
 )
 def test_steps_are_as_long_as_those_of_the_trl_adapter(build, engine, capo, record_property):
     """Verdicts, the share, the length of each step and its KL on half of the completions, the weights after five."""
-    capo = BOUNDS | {"share": True, "kl_sample": 0.5} | capo
+    capo = BOUNDS | {"share": True, "kl_sample": 0.5, "watch": True} | capo
     how = {f"capo_{name}": value for name, value in capo.items()}
-    how["capo_watch"] = True  # verl's adapter predicts in every mode
     trainer = build(recorded(CAPOTrainer), loss_type="grpo", temperature=0.9, max_grad_norm=0.3, **how)
     trainer.train()
     built, loss = engine(capo=capo, optimizer={"clip_grad": 0.3}, loss_agg_mode="seq-mean-token-mean")
@@ -639,7 +638,7 @@ def test_the_importance_weights_of_a_rollout_correction_are_in_the_advantages(en
     }
     seen = {}
     for name, each in kinds.items():
-        built, loss = engine(capo=NARROW | {"mode": mode, "kl_sample": 0.5})
+        built, loss = engine(capo=NARROW | {"mode": mode, "kl_sample": 0.5, "watch": True})
         (out,) = train(built, loss, [with_old_log_probs(built, each)])
         figures = {
             key: value[0] for key, value in out["metrics"].items() if key.startswith("capo/") and "seconds" not in key
@@ -653,6 +652,26 @@ def test_the_importance_weights_of_a_rollout_correction_are_in_the_advantages(en
     assert ours[3] == pytest.approx(theirs[3], rel=1e-3, nan_ok=True)
     for name, weight in ours[4].items():
         torch.testing.assert_close(weight, theirs[4][name], rtol=1e-4, atol=1e-5)
+
+
+@needs_verl
+@pytest.mark.parametrize("remove_padding", [True, False])
+def test_the_default_predicts_nothing_unless_it_is_asked_to_and_trains_alike(engine, remove_padding):
+    """It looks at a quarter of the completions, and keeps no moments."""
+    seen = []
+    for watch in (False, True):
+        built, loss = engine(capo={"kl_start": 0.5, "watch": watch}, remove_padding=remove_padding)
+        batches = [make_batch(seed) for seed in range(3)]
+        outputs = train(built, loss, batches, remove_padding=remove_padding)
+        assert (built.planner is not None) == watch
+        kl = [{name: figure for name, figure in out["metrics"].items() if name in LENGTHS} for out in outputs]
+        seen.append((kl, weights_of(built)))
+        assert ("capo/token/m_f/mean" in outputs[0]["metrics"]) == watch
+    assert all({"capo/kl/measured", "capo/scale", "capo/learning_rate"} <= each.keys() for each in seen[0][0])
+    assert all(
+        ours == {name: theirs[name] for name in ours} for ours, theirs in zip(seen[0][0], seen[1][0], strict=True)
+    )
+    assert all(torch.equal(each, seen[1][1][name]) for name, each in seen[0][1].items())
 
 
 @needs_verl
@@ -707,7 +726,7 @@ def test_kl_is_measured_with_the_random_numbers_of_the_loss(engine):
 
 @needs_verl
 def test_a_group_wants_the_trainers_uid(engine):
-    built, loss = engine(capo={"granularity": "group"})
+    built, loss = engine(capo={"mode": "mask", "share": False, "granularity": "group"})
     with pytest.raises(ValueError, match=r"actor\.capo\.granularity='group' goes by the uid"):
         train(built, loss, [make_batch()])
 
@@ -742,6 +761,27 @@ def test_resuming_without_the_moments_is_an_error(engine, tmp_path):
     built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
     with pytest.raises(FileNotFoundError, match=r"capo_state\.safetensors"):
         train(built, loss, [make_batch(1)])
+
+
+@needs_verl
+@pytest.mark.parametrize("mode", ["trust_region", "mask"])
+def test_moments_that_a_checkpoint_does_not_have_are_missed_by_what_decides_by_them(engine, tmp_path, caplog, mode):
+    """The default keeps none; one that only watches goes on without, and says so."""
+    plain, loss = engine(capo={})
+    train(plain, loss, [make_batch(), make_batch(1)])
+    plain.save_checkpoint(str(tmp_path / "checkpoint"), global_step=2)
+    built, loss = engine(capo={"mode": mode, "watch": True})
+    built.load_checkpoint(str(tmp_path / "checkpoint"), del_local_after_load=False)
+    if mode == "mask":
+        with pytest.raises(ValueError, match="the state of a Planner lacks"):
+            train(built, loss, [make_batch(2)])
+        return
+    assert "has no moments of a step model" not in caplog.text
+    (ours,) = train(built, loss, [make_batch(2)])
+    assert "has no moments of a step model" in caplog.text
+    (theirs,) = train(plain, loss, [make_batch(2)])
+    assert ours["metrics"]["capo/scale"] == theirs["metrics"]["capo/scale"]
+    assert all(torch.equal(each, weights_of(plain)[name]) for name, each in weights_of(built).items())
 
 
 @needs_verl

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
-from capo_rl.curvature.last_layer import LastLayer, check_tokens, last_layer, logit_chunks, row_gradient, support_rows
+from capo_rl.curvature.last_layer import LastLayer, check_tokens, row_gradient, support_rows
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import Thresholds, penalised, select, soft_weights, translated
 from capo_rl.curvature.shifts import Shifts, subset_shifts_of, token_shifts_of
@@ -33,9 +33,6 @@ logger = logging.getLogger(__name__)
 # Another way to select than the thresholds: the keep-mask [n] of n tokens, from the last layer, advantages, shifts, and
 # log π(a) under the policy that sampled them.
 Rule = Callable[[LastLayer, Tensor, Shifts, Tensor], Tensor]
-
-# What is counted from the start of a run.
-_COUNTERS = ("accepted_tokens", "steps_skipped", "steps_nonfinite")
 
 
 class Planner(Updates):
@@ -175,15 +172,11 @@ class Planner(Updates):
         hidden, advantages = hidden.detach(), advantages.detach()  # what is kept must not keep a graph
         with self._timed(hidden.device):
             check_tokens(hidden, actions, advantages, self.temperature)
-            settings: Any = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
             if isinstance(logits, Head) and sample is not None:
-                parts = [logits.last_layer(hidden[at], actions[at], **settings) for at in (sample, ~sample)]
+                parts = [self._layer(hidden[at], logits, actions[at]) for at in (sample, ~sample)]
                 layer = LastLayer.cat(parts)[(~sample).argsort(stable=True).argsort()]
-            elif isinstance(logits, Head):
-                layer = logits.last_layer(hidden, actions, **settings)
             else:
-                chunks = logit_chunks(logits, len(hidden))
-                layer = LastLayer.cat([last_layer(hidden[at], z, actions[at], **settings) for at, z in chunks])
+                layer = self._layer(hidden, logits, actions)
             shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
             judged = shifts
             if self.translated:
@@ -299,12 +292,13 @@ class Planner(Updates):
         return (
             {f"step.{name}": tensor for name, tensor in self.step.state_dict().items()}
             | {f"share.{name}": torch.tensor(value, dtype=torch.float64) for name, value in share.items()}
-            | {name: torch.tensor(getattr(self, name)) for name in _COUNTERS}
+            | {"accepted_tokens": torch.tensor(self.accepted_tokens)}
+            | super().state_dict()
         )
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` gave, bit for bit. Raises `ValueError` for the state of another planner."""
-        expected = {*_COUNTERS, *(() if self.share is None else ("share.accepted", "share.everyone"))}
+        expected = {"accepted_tokens", *(() if self.share is None else ("share.accepted", "share.everyone"))}
         if missing := expected - state.keys():
             raise ValueError(f"the state of a Planner lacks {sorted(missing)}: it is another's, or had no share")
         self.step.load_state_dict(
@@ -312,8 +306,8 @@ class Planner(Updates):
         )
         if self.share is not None:
             self.share.load_state_dict({name: float(state[f"share.{name}"]) for name in ("accepted", "everyone")})
-        for name in _COUNTERS:
-            setattr(self, name, int(state[name]))
+        self.accepted_tokens = int(state["accepted_tokens"])
+        super().load_state_dict(state)
 
     def _check_committed(self, *step: Any) -> None:
         if self.micro_batches and not self._over:

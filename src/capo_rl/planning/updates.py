@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,13 +14,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from capo_rl.curvature.head import Head
-from capo_rl.curvature.last_layer import LastLayer, log_pi_of
+from capo_rl.curvature.last_layer import LastLayer, last_layer, log_pi_of, logit_chunks
 from capo_rl.curvature.processes import Processes
 from capo_rl.planning.divergence import measured_kl
 from capo_rl.planning.micro_batch import Seen
 from capo_rl.planning.telemetry import missing_mass, synchronise
 
 logger = logging.getLogger(__name__)
+
+# What is counted from the start of a run.
+_COUNTERS = ("steps_skipped", "steps_nonfinite")
 
 
 class Moved(NamedTuple):
@@ -68,17 +71,15 @@ class Updates:
     def look(
         self,
         hidden: Float[Tensor, "sampled d"],
-        head: Head,
+        logits: Float[Tensor, "sampled vocabulary"] | Iterable[Tensor] | Head,
         actions: Int[Tensor, "sampled"],
         sample: Bool[Tensor, "tokens"],
     ) -> Seen:
         """Keep the last layer at the tokens of a micro-batch that `sample` marks, to measure the update on them;
-        `hidden` and `actions` are theirs."""
+        `hidden`, `actions` and `logits`, or the `Head` that makes them, are theirs."""
         self._begin()
         with self._timed(hidden.device):
-            layer = head.last_layer(
-                hidden.detach(), actions, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p
-            )
+            layer = self._layer(hidden.detach(), logits, actions)
         seen = Seen(layer, sample)
         self.micro_batches.append(seen)
         return seen
@@ -116,10 +117,11 @@ class Updates:
         return self._tails()
 
     @torch.no_grad()
-    def measured_kl(self, hidden: Callable[[int], Tensor], head: Head) -> Moved:
+    def measured_kl(self, now: Callable[[int], Tensor], head: Head | None) -> Moved:
         """How far the step just taken moved the policy at the sampled tokens, whose hidden states after it are
-        `hidden(i)` [m, d] in micro-batch i; `head` is the head after it. Raises `RuntimeError` before `commit`."""
-        return self._moved([batch.layer for batch in self.micro_batches], hidden, head)
+        `now(i)` [m, d] in micro-batch i; `head` is the head after it, and without one they are the logits [m, V].
+        Raises `RuntimeError` before `commit`."""
+        return self._moved([batch.layer for batch in self.micro_batches], now, head)
 
     def counts(self) -> dict[str, float]:
         """How many steps of the run were left out, as it is logged."""
@@ -128,12 +130,29 @@ class Updates:
             "capo/steps_skipped/nonfinite": float(self.steps_nonfinite),
         }
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counters, as tensors by name."""
+        return {name: torch.tensor(getattr(self, name)) for name in _COUNTERS}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name in _COUNTERS:
+            setattr(self, name, int(state[name]))
+
     def clear(self) -> float:
         """Forget the micro-batches of a step that is over, or broken off; returns the seconds spent on it."""
         seconds, self._seconds = self._seconds, 0.0
         self.micro_batches = []
         self._over = False
         return seconds
+
+    def _layer(self, hidden: Tensor, logits: Tensor | Iterable[Tensor] | Head, actions: Tensor) -> LastLayer:
+        """The last layer at some tokens, by a head or of the logits it gave."""
+        settings: Any = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        if isinstance(logits, Head):
+            return logits.last_layer(hidden, actions, **settings)
+        chunks = logit_chunks(logits, len(hidden))
+        return LastLayer.cat([last_layer(hidden[at], z, actions[at], **settings) for at, z in chunks])
 
     def _moved(self, layers: list[LastLayer], now: Callable[[int], Tensor], head: Head | None) -> Moved:
         """The KL from each layer's policy to that of the hidden states now, or of the logits where there is no head."""

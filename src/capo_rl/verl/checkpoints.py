@@ -1,8 +1,55 @@
-"""Whether a checkpoint of verl's is one for these workers."""
+"""What a checkpoint holds beside verl's own: moments, the share, what the budget's control has learned; and whether it
+is one for these workers."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from capo_rl.planning.planner import Planner
+from capo_rl.planning.trust_region import TrustRegion
+from capo_rl.planning.updates import Updates
+from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+def save_beside(folder: Path, updates: Updates, region: TrustRegion | None, counters: Mapping[str, Any]) -> None:
+    """Write what it takes to go on, with the engine's `counters`, beside what verl has written into a folder."""
+    known = {
+        "engine": dict(counters),
+        "region": {} if region is None else region.state_dict(),
+        "predicts": isinstance(updates, Planner),
+    }
+    save_state(folder / STATE_FILE, updates.state_dict(), known)
+
+
+def load_beside(
+    folder: Path, updates: Updates, region: TrustRegion | None, device: torch.device, decides: bool
+) -> dict[str, Any]:
+    """Go on from what `save_beside` wrote; returns the engine's counters.
+
+    Raises `FileNotFoundError` for a checkpoint without it, and `ValueError` for one without moments where the mode
+    `decides` by them.
+    """
+    if not (folder / STATE_FILE).exists():
+        raise FileNotFoundError(
+            f"the checkpoint has no {STATE_FILE}: it was not written with CAPO. To start from its weights without "
+            "resuming, give the model's folder as actor_rollout_ref.model.path"
+        )
+    tensors, known = load_state(folder / STATE_FILE, device)
+    if isinstance(updates, Planner) and not known["predicts"] and not decides:
+        logger.warning("%s has no moments of a step model: they start from zero, and are off for a while", folder)
+        Updates.load_state_dict(updates, tensors)
+    else:
+        updates.load_state_dict(tensors)
+    if region is not None and known["region"]:
+        region.load_state_dict(known["region"])
+    return known["engine"]
 
 
 def check_workers(folder: str, workers: int) -> None:

@@ -33,19 +33,23 @@ from verl.workers.utils.padding import response_to_nested
 from capo_rl.curvature.last_layer import logit_rows
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
-from capo_rl.planning.micro_batch import MicroBatch, check_hooked
+from capo_rl.curvature.step_model import DECIDING
+from capo_rl.planning.micro_batch import MicroBatch, Seen, check_hooked
 from capo_rl.planning.planner import Planner
 from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion
+from capo_rl.planning.updates import Moved, Updates
 from capo_rl.runs.models import check_head
-from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
 from capo_rl.verl.actor import AGGREGATIONS, CAPOActorConfig, actor_config
 from capo_rl.verl.again import Again, remembered
 from capo_rl.verl.batches import groups, positions, response_rows, temperature, weighed_advantages
-from capo_rl.verl.checkpoints import check_workers
-from capo_rl.verl.planners import planner_and_region
+from capo_rl.verl.checkpoints import check_workers, load_beside, save_beside
+from capo_rl.verl.planners import updates_and_region
 from capo_rl.verl.settings import CAPOSettings
+
+# Of the engine's own, what a checkpoint holds.
+_COUNTERS = ("_steps", "_noise_known")
 
 
 @EngineRegistry.register(
@@ -63,21 +67,26 @@ class CAPOEngine(FSDPEngineWithLMHead):
     a crash.
     """
 
-    planner: Planner | None = None
+    updates: Updates | None = None
     region: TrustRegion | None = None  # of the modes that change the run
     _actor: CAPOActorConfig | None = None  # of the loss that is being trained
     _head: list[tuple[Tensor, Tensor]] | None = None  # while training: what went through the output head, h and W h
-    _planned: MicroBatch | None = None  # the micro-batch whose loss is still to come
+    _planned: MicroBatch | Seen | None = None  # the micro-batch whose loss is still to come
     _random: list[Tensor] | None = None  # where the generators stood before the forward pass
     _again: list[Again] | None = None  # to measure an update: the step's micro-batches
     _sample: Sample  # of them
     _measured: Again | None = None  # the one that runs to be measured
     _logits: Tensor | None = None  # what came of it
-    _tokens: tuple[Tensor, Tensor] | None = None  # KL and m_F of each, when last measured
+    _moved: Moved | None = None  # how far the step went, when last measured
     _steps = 0  # trained, those that were skipped included
     _noise_known = False  # whether the KL of no step was measured
     _figures: dict[str, float]
-    _restored: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+    _restored: Path | None = None  # the checkpoint to go on from
+
+    @property
+    def planner(self) -> Planner | None:
+        """What predicts the coming step, where anything does (`CAPOSettings.predicts`)."""
+        return self.updates if isinstance(self.updates, Planner) else None
 
     # ---- one mini-batch, one optimizer step ----------------------------------------------------------------------
 
@@ -85,8 +94,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         self._actor = actor_config(loss_function)
         if self._actor.capo.capo_mode == "off":
             return super().train_batch(data, loss_function)
-        if self.planner is not None:
-            self.planner.clear()  # of a step that was broken off
+        if self.updates is not None:
+            self.updates.clear()  # of a step that was broken off
         self._figures, self._again, self._sample = {}, [], Sample(self._actor.capo.capo_kl_sample)
         outputs = super().train_batch(data, loss_function)
         self._again = None
@@ -94,8 +103,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         return outputs
 
     def optimizer_step(self) -> float:
-        planner, region = self.planner, self.region
-        if planner is None or not planner.micro_batches:
+        updates, planner, region = self.updates, self.planner, self.region
+        if updates is None or not updates.micro_batches:
             return super().optimizer_step()
         assert self._actor is not None
         settings: CAPOSettings = self._actor.capo
@@ -104,18 +113,19 @@ class CAPOEngine(FSDPEngineWithLMHead):
         finite = math.isfinite(norm)
         # Without a token there is no KL to hold to a budget, but momentum would move the weights.
         left_out = finite and (
-            (settings.capo_mode == "mask" and planner.rejects_everything) or (bounded and planner.is_empty)
+            (settings.capo_mode == "mask" and planner is not None and planner.rejects_everything)
+            or (bounded and updates.is_empty)
         )
         share, informative = 1.0, True
         if left_out or not finite:
-            figures = planner.skip(nonfinite=not finite)
+            figures = updates.skip(nonfinite=not finite)
         else:
             clip = min(1.0, self.optimizer_config.clip_grad / (norm + 1e-6))
             # FSDP takes the mean of the processes' gradients, and verl's losses have a factor to match.
-            figures = planner.commit(clip / planner.processes.count)
-            if region is not None:
+            figures = updates.commit(clip / updates.processes.count)
+            if planner is not None and region is not None:
                 share = planner.shared(figures)
-            informative = not bounded or planner.has_gradient
+            informative = not bounded or updates.has_gradient
             if bounded and not self._noise_known:
                 assert region is not None
                 self._noise_known = True
@@ -132,10 +142,10 @@ class CAPOEngine(FSDPEngineWithLMHead):
             figures |= self._measured_step(informative)
         else:
             super().optimizer_step()  # which leaves it out
-        figures |= planner.counts()
-        if planner.processes.count > 1:
-            figures["capo/bytes"] = float(planner.processes.take_bytes())
-        self._figures = figures | {"capo/seconds": planner.clear()}
+        figures |= updates.counts()
+        if updates.processes.count > 1:
+            figures["capo/bytes"] = float(updates.processes.take_bytes())
+        self._figures = figures | {"capo/seconds": updates.clear()}
         self._steps += 1
         return norm
 
@@ -159,7 +169,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         bounded = region is not None and region.control is not None
         synchronise(self._device())  # the optimizer's step is not part of the measurement
         start = time.perf_counter()
-        self._tokens = None
+        self._moved = None
         figures: dict[str, float] = {}
         if region is not None:
             update = region.after_step(self._measure_kl, informative)
@@ -167,8 +177,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
                 figures |= update.figures()
         if not bounded and self._due() and self._measurable():
             figures["capo/kl/measured"] = self._measure_kl()
-        if self._tokens is not None:
-            figures["capo/kl/rank_correlation"] = rank_correlation(*self._tokens)
+        if self._moved is not None:
+            if self._moved.m_f is not None:
+                figures["capo/kl/rank_correlation"] = rank_correlation(self._moved.kl, self._moved.m_f)
             figures["capo/kl/seconds"] = time.perf_counter() - start
         return figures
 
@@ -178,18 +189,19 @@ class CAPOEngine(FSDPEngineWithLMHead):
         return (self._steps + 1) % (self._actor.capo.capo_kl_every or 1) == 0
 
     def _measurable(self) -> bool:
-        assert self.planner is not None
-        return not self.planner.is_empty
+        assert self.updates is not None
+        return not self.updates.is_empty
 
     def _measure_kl(self) -> float:
         """The mean KL over the sampled tokens from the policy before the step to that of the weights now."""
-        assert self.planner is not None
+        assert self.updates is not None
         assert self._again is not None
         reshard(self.module)
-        moved = self.planner.measured_kl(self._logits_now, None, [each.sample for each in self._again])
-        assert moved.m_f is not None
-        self._tokens = (moved.kl, moved.m_f)
-        return moved.mean
+        if self.planner is None:
+            self._moved = self.updates.measured_kl(self._logits_now, None)
+        else:
+            self._moved = self.planner.measured_kl(self._logits_now, None, [each.sample for each in self._again])
+        return self._moved.mean
 
     @torch.no_grad()
     def _logits_now(self, micro_batch: int) -> Tensor:
@@ -234,12 +246,13 @@ class CAPOEngine(FSDPEngineWithLMHead):
         with torch.autocast(hidden.device.type, enabled=False):  # shifts need more digits than a forward pass
             # before the engine's own work, which may scale the logits in place
             planned = self._plan(micro_batch, hidden, logits, rows, mask)
-        self._remember(micro_batch, planned, mask)
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         log_probs = model_output.get("log_probs")
         if log_probs is None:
             raise RuntimeError("this loss has no log-probabilities for CAPO to watch: set actor.capo.mode=off")
         read = log_probs.values().detach()[rows[mask]]
+        if isinstance(planned, Seen):
+            read = read[planned.sample]
         half = planned.layer.hidden.dtype.itemsize < 4 or read.dtype.itemsize < 4
         check_hooked(planned.layer, read, half, "the output head gives", "the head and the loss")
         model_output["log_probs"] = self._watch(planned, log_probs, rows[mask])
@@ -252,7 +265,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         planned, self._planned = self._planned, None
         if planned is None:
             raise RuntimeError("the loss came before its log-probabilities: this version of verl is not supported")
-        if self._actor.capo.capo_mode == "mask":
+        if isinstance(planned, MicroBatch) and self._actor.capo.capo_mode == "mask":
             padded = data.select("response_mask", "advantages").to_padded_tensor()
             mask, loss_type = padded["response_mask"].bool(), AGGREGATIONS[self._actor.loss_agg_mode]
             advantages = planned.masked(padded["advantages"], mask, loss_type, self._loss_scale())
@@ -262,23 +275,28 @@ class CAPOEngine(FSDPEngineWithLMHead):
             data["advantages"] = advantages
         return loss_function(model_output=model_output, data=data, dp_group=dp_group)
 
-    def _plan(self, micro_batch: Any, hidden: Tensor, logits: Tensor, rows: Tensor, mask: Tensor) -> MicroBatch:
-        """The verdicts on a micro-batch's response tokens; hidden and logits as the head saw them, [B, S, ·]."""
-        planner = self._planner_at(temperature(micro_batch))
+    def _plan(self, micro_batch: Any, hidden: Tensor, logits: Tensor, rows: Tensor, mask: Tensor) -> MicroBatch | Seen:
+        """What is known of a micro-batch's response tokens; hidden and logits as the head saw them, [B, S, ·]."""
+        updates = self._updates_at(temperature(micro_batch))
         assert self._actor is not None
-        granularity = self._actor.capo.capo_granularity
-        input_ids = micro_batch["input_ids"]
         at = positions(micro_batch, hidden)[rows[mask]]
+        actions = micro_batch["input_ids"].values().roll(-1)[rows[mask]]
+        advantages = weighed_advantages(micro_batch)[mask]
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
-        return planner.plan(
-            hidden[at],
-            (logits[some] for some in at.split(logit_rows(logits.shape[-1], logits.device))),
-            input_ids.values().roll(-1)[rows[mask]],
-            weighed_advantages(micro_batch)[mask],
-            subset_numbers(granularity, mask, groups(micro_batch) if granularity == "group" else None),
-        )
+        self._remember(micro_batch, mask, advantages)
 
-    def _watch(self, planned: MicroBatch, log_probs: Any, rows: Tensor) -> Tensor:
+        def chunks(at: Tensor) -> Iterator[Tensor]:
+            return (logits[some] for some in at.split(logit_rows(logits.shape[-1], logits.device)))
+
+        if not isinstance(updates, Planner):
+            assert self._again is not None
+            sample = self._again[-1].sample
+            return updates.look(hidden[at[sample]], chunks(at[sample]), actions[sample], sample)
+        granularity = self._actor.capo.capo_granularity
+        subsets = subset_numbers(granularity, mask, groups(micro_batch) if granularity == "group" else None)
+        return updates.plan(hidden[at], chunks(at), actions, advantages, subsets)
+
+    def _watch(self, planned: MicroBatch | Seen, log_probs: Any, rows: Tensor) -> Tensor:
         """The log-probabilities, for the loss to be made of: their gradient tells the tokens' weights."""
         assert self._actor is not None
         values = log_probs.values()
@@ -286,26 +304,17 @@ class CAPOEngine(FSDPEngineWithLMHead):
         mask[rows] = True  # in the order of the rows: a response's tokens follow one another, and so do sequences
         planned.watch(values, mask, self._loss_scale())
 
-        def check_rejected(gradient: Tensor) -> None:
-            # With a KL penalty a rejected token still has a gradient, and with a loss of NaN all have one.
-            left = gradient[mask][~planned.keep]
-            if (left[left.isfinite()] != 0).any():
-                raise RuntimeError(
-                    "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
-                    "use another policy_loss.loss_mode, or capo.mode=monitor"
-                )
-
-        if self._actor.capo.capo_mode == "mask" and not self._actor.use_kl_loss:
-            values.register_hook(check_rejected)
+        if isinstance(planned, MicroBatch) and self._actor.capo.capo_mode == "mask" and not self._actor.use_kl_loss:
+            values.register_hook(partial(_check_rejected, mask, planned.keep))
         return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets())
 
-    def _remember(self, micro_batch: Any, planned: MicroBatch, mask: Tensor) -> None:
+    def _remember(self, micro_batch: Any, mask: Tensor, advantages: Tensor) -> None:
         """Keep what it takes to run the micro-batch again, where its update will be measured."""
         assert self._again is not None
         assert self._random is not None
         if self._due() or (self.region is not None and self.region.control is not None):
             after = random_state(self._devices())
-            self._again.append(remembered(micro_batch, mask, planned.advantages, self._sample, self._random, after))
+            self._again.append(remembered(micro_batch, mask, advantages, self._sample, self._random, after))
 
     @contextmanager
     def _watched_head(self) -> Iterator[None]:
@@ -335,37 +344,38 @@ class CAPOEngine(FSDPEngineWithLMHead):
         own = self._device()
         return [torch.device("cpu"), *([own] if own.type != "cpu" else [])]
 
-    # ---- the planner ---------------------------------------------------------------------------------------------
+    # ---- what is known of updates ----------------------------------------------------------------------------------
 
-    def _planner_at(self, temperature: float) -> Planner:
-        """The planner, made with its trust region at the first micro-batch, with the learning rate as it is now."""
-        if self.planner is None:
+    def _updates_at(self, temperature: float) -> Updates:
+        """Made with the trust region at the first micro-batch, and with the learning rate as it is now."""
+        if self.updates is None:
             assert self._actor is not None
             check_head(self.module, self.model_config.path)
             processes = Processes(self.get_data_parallel_group())
-            self.planner, self.region = planner_and_region(
+            self.updates, self.region = updates_and_region(
                 self._actor.capo, self.optimizer, self.optimizer_config.lr, temperature, processes
             )
             if self._restored is not None:
-                self._restore(self.planner, *self._restored)
+                decides = self._actor.capo.capo_mode in DECIDING
+                counters = load_beside(self._restored, self.updates, self.region, self._device(), decides)
+                for name in _COUNTERS:
+                    setattr(self, name, counters[name])
                 self._restored = None
-        if temperature != self.planner.temperature:
+        if temperature != self.updates.temperature:
             raise ValueError(
-                f"the temperature went from {self.planner.temperature} to {temperature}: CAPO models one policy; keep "
+                f"the temperature went from {self.updates.temperature} to {temperature}: CAPO models one policy; keep "
                 "rollout.temperature as it is"
             )
-        self.planner.step.lr = self.optimizer.param_groups[0]["lr"] if self.region is None else self.region.lr()
-        return self.planner
+        if self.planner is not None:
+            self.planner.step.lr = self.optimizer.param_groups[0]["lr"] if self.region is None else self.region.lr()
+        return self.updates
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self.planner is None or self.rank != 0:
-            return  # the same in every process, so one of them writes it
-        region = {} if self.region is None else self.region.state_dict()
-        counters = {"region": region, "steps": self._steps, "noise_known": self._noise_known}
-        save_state(Path(local_path, STATE_FILE), self.planner.state_dict(), counters)
+        if self.updates is not None and self.rank == 0:  # the same in every process, so one of them writes it
+            save_beside(Path(local_path), self.updates, self.region, {name: getattr(self, name) for name in _COUNTERS})
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and what CAPO has learned where the folder has it; training without it raises.
@@ -376,18 +386,16 @@ class CAPOEngine(FSDPEngineWithLMHead):
         super().load_checkpoint(local_path, *args, **kwargs)
         if self.engine_config.forward_only or self.optimizer is None:
             return
-        self.planner = self.region = None  # made anew, from what was saved
-        path = Path(local_path, STATE_FILE)
-        self._restored = load_state(path, next(self.module.parameters()).device) if path.exists() else ({}, {})
+        self.updates = self.region = None  # made anew, from what was saved
+        self._restored = Path(local_path)
 
-    def _restore(self, planner: Planner, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        if not tensors:
-            raise FileNotFoundError(
-                f"the checkpoint has no {STATE_FILE}: it was not written with CAPO. To start from its weights without "
-                "resuming, give the model's folder as actor_rollout_ref.model.path"
-            )
-        planner.load_state_dict(tensors)
-        if self.region is not None and counters.get("region"):
-            self.region.load_state_dict(counters["region"])
-        self._steps = counters.get("steps", 0)
-        self._noise_known = counters.get("noise_known", False)
+
+def _check_rejected(mask: Tensor, keep: Tensor, gradient: Tensor) -> None:
+    """In the backward pass: raises `RuntimeError` where a rejected token has a gradient. With a KL penalty it would,
+    and with a loss of NaN all have one."""
+    left = gradient[mask][~keep]
+    if (left[left.isfinite()] != 0).any():
+        raise RuntimeError(
+            "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: use another "
+            "policy_loss.loss_mode, or capo.mode=monitor"
+        )

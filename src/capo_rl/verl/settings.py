@@ -14,7 +14,6 @@ from capo_rl.settings.own import OwnSettings, check_own, check_units
 _NOT_HERE = {
     "advantage": "algorithm.adv_estimator and algorithm.norm_adv_by_std_in_grpo say what an advantage is",
     "tokens_every": "only TRL's adapter records tokens",
-    "watch": "shifts are predicted in every mode but `off`",
 }
 
 
