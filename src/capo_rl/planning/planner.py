@@ -103,8 +103,18 @@ class Planner(Updates):
         share: bool = False,
         processes: Processes | None = None,
     ) -> None:
+        spread = step.processes if isinstance(step, AdamStep) else None
+        if spread is not None and processes is not None and processes is not spread:
+            raise ValueError(
+                "the step's moments are spread over other processes than those that plan it: give Planner the same "
+                "Processes as AdamStep"
+            )
         super().__init__(
-            temperature=temperature, top_k=top_k, top_p=top_p, max_missing_mass=max_missing_mass, processes=processes
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_missing_mass=max_missing_mass,
+            processes=processes or spread,
         )
         self.step, self.thresholds, self.fisher = step, thresholds, fisher
         self.soft, self.penalty, self.translated = soft, penalty, translated
@@ -184,7 +194,8 @@ class Planner(Updates):
             else:
                 chunks = logit_chunks(logits, len(hidden))
                 layer = LastLayer.cat([last_layer(hidden[at], z, actions[at], **settings) for at, z in chunks])
-            shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
+            step = self.step.at(layer.support)
+            shifts = token_shifts_of(layer, advantages, step, self.fisher)
             judged = shifts
             if self.translated:
                 judged = translated(shifts, self.step.lr * hidden.abs().sum(-1, dtype=shifts.m_f.dtype))
@@ -194,7 +205,7 @@ class Planner(Updates):
             elif subsets is None:
                 keep = select(judged, self.thresholds)
             else:
-                verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
+                verdicts = select(subset_shifts_of(layer, advantages, step, subsets, self.fisher), self.thresholds)
                 keep = verdicts[subsets] & ~shifts.nonfinite
             if self.soft:
                 keep = ~shifts.nonfinite
@@ -293,11 +304,17 @@ class Planner(Updates):
         moved = self._moved([batch.layer[marks] for batch, marks in at], now, head)
         return moved._replace(m_f=self.processes.gather(torch.cat([batch.shifts.m_f[marks] for batch, marks in at])))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments, the share and the counters after a step, as tensors by name."""
+    def state_dict(self, here: bool = True) -> dict[str, Tensor]:
+        """The moments, the share and the counters after a step, as tensors by name.
+
+        Collective where moments are spread over processes; without `here` this one takes part and gets nothing.
+        """
+        moments = self.step.state_dict(here)
+        if not here:
+            return {}
         share = {} if self.share is None else self.share.state_dict()
         return (
-            {f"step.{name}": tensor for name, tensor in self.step.state_dict().items()}
+            {f"step.{name}": tensor for name, tensor in moments.items()}
             | {f"share.{name}": torch.tensor(value, dtype=torch.float64) for name, value in share.items()}
             | {name: torch.tensor(getattr(self, name)) for name in _COUNTERS}
         )

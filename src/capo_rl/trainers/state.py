@@ -39,10 +39,11 @@ def save_beside(trainer: Any, folder: Path) -> None:
             folder,
             ", ".join(lost),
         )
-    if not trainer.args.should_save:
+    # The same in every process, so one of them writes it; of moments that are spread over processes each has a part.
+    writes: bool = trainer.args.should_save
+    tensors = {} if trainer.planner is None else trainer.planner.step.state_dict(here=writes)
+    if not writes:
         return
-    # The same in every process, so one of them writes it.
-    tensors: dict[str, Tensor] = {}
     updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
     counters: dict[str, Any] = {
         "completions": trainer.completions,
@@ -58,7 +59,6 @@ def save_beside(trainer: Any, folder: Path) -> None:
             "noise_known": steps.noise_known,
         }
     if planner is not None:
-        tensors = planner.step.state_dict()
         counters |= {
             "accepted_tokens": planner.accepted_tokens,
             "share": {} if planner.share is None else planner.share.state_dict(),

@@ -361,11 +361,15 @@ class CAPOEngine(FSDPEngineWithLMHead):
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self.planner is None or self.rank != 0:
-            return  # the same in every process, so one of them writes it
+        if self.planner is None:
+            return
+        # The same in every process, so one of them writes it; of moments that are spread over them each has a part.
+        tensors = self.planner.state_dict(here=self.rank == 0)
+        if self.rank != 0:
+            return
         region = {} if self.region is None else self.region.state_dict()
         counters = {"region": region, "steps": self._steps, "noise_known": self._noise_known}
-        save_state(local_path, self.planner.state_dict(), counters)
+        save_state(local_path, tensors, counters)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and what CAPO has learned where the folder has it; training without it raises.

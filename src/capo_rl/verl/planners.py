@@ -27,11 +27,12 @@ def planner_and_region(
         check_units(settings, model)
         if settings.kl_budget is not None and settings.capo_kl_control == "optimizer":
             check_recomputable(optimizer)
-    planner = planner_of(settings, _step(settings, model, optimizer.param_groups[0]), temperature, processes)
+    step = _step(settings, model, optimizer.param_groups[0], processes)
+    planner = planner_of(settings, step, temperature, processes)
     return planner, TrustRegion(optimizer, control_of(settings, lr)) if settings.changes_the_run else None
 
 
-def _step(settings: CAPOSettings, model: str, group: dict[str, Any]) -> AdamStep | SGDStep:
+def _step(settings: CAPOSettings, model: str, group: dict[str, Any], processes: Processes) -> AdamStep | SGDStep:
     """The model of the optimizer's step, with the optimizer's own constants."""
     if model == "adam" and not {"betas", "eps"} <= set(group):
         raise ValueError(
@@ -39,4 +40,5 @@ def _step(settings: CAPOSettings, model: str, group: dict[str, Any]) -> AdamStep
             "actor.capo.step=sgd"
         )
     beta1, beta2 = group.get("betas", (0.0, 0.0))
-    return step_of(settings, model, float(group["lr"]), (float(beta1), float(beta2)), float(group.get("eps", 0.0)))
+    betas, eps = (float(beta1), float(beta2)), float(group.get("eps", 0.0))
+    return step_of(settings, model, float(group["lr"]), betas, eps, processes)
