@@ -41,13 +41,13 @@ class Shard:
         return 1 + len(range(self.number, slots, self.count))
 
     def places(self, slots: Int[Tensor, "*slots"]) -> Int[Tensor, "*slots"]:
-        """Where this process keeps the slots; 0 for those of others.
+        """Where this process keeps the slots, of 1 and more; -1 for those of others.
 
-        >>> Shard(Processes(), 1, 3).places(torch.tensor([0, 1, 2, 3, 4, 5]))
-        tensor([0, 0, 1, 0, 0, 2])
+        >>> Shard(Processes(), 1, 3).places(torch.tensor([1, 2, 3, 4, 5]))
+        tensor([-1,  1, -1, -1,  2])
         """
         before = slots - 1
-        return (before // self.count + 1).where((slots > 0) & (before % self.count == self.number), 0)
+        return (before // self.count + 1).where(before % self.count == self.number, -1)
 
     def fetched(
         self, p: Float[Tensor, "held d"], q: Float[Tensor, "held d"], wanted: Int[Tensor, "rows"], alike: bool
