@@ -67,9 +67,8 @@ class AdamStep:
     Planning changes nothing; `update` advances the moments, once per optimizer step. `moment_dtype=torch.bfloat16`
     halves their memory; by default they have the gradient's dtype.
 
-    With `processes` each of them keeps one of their number's rows, and only `update`, `state_dict` and `at` work on what
-    is kept: they are collective, and the step that `at` returns has the moments of some rows to read. With one process,
-    or none given, `at` is the step itself.
+    With several `processes` each keeps the moments of an equal part of these rows (`sharded_moments`). Then `update`,
+    `state_dict` and `at` are collective, and what reads moments asks the step that `at` returns, which has fetched them.
     """
 
     def __init__(
