@@ -52,7 +52,7 @@ class SGDStep:
     def state_dict(self, here: bool = True) -> dict[str, Tensor]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         if state:
             raise ValueError(f"SGDStep has no state, but was given {sorted(state)}: the run used another step model")
 
@@ -67,8 +67,8 @@ class AdamStep:
     Planning changes nothing; `update` advances the moments, once per optimizer step. `moment_dtype=torch.bfloat16`
     halves their memory; by default they have the gradient's dtype.
 
-    With several `processes` each keeps the moments of an equal part of these rows (`sharded_moments`). Then `update`,
-    `state_dict` and `at` are collective, and what reads moments asks the step that `at` returns, which has fetched them.
+    With several `processes` each keeps the moments of an equal part of these rows (`sharded_moments`). `update`,
+    `state_dict` and `at` are collective then, and moments are read in the step that `at` returns, which fetches them.
     """
 
     def __init__(
@@ -238,21 +238,19 @@ class AdamStep:
             p, q = self.moments(rows)
         return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)} if here else {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; bit for bit."""
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Restore what `state_dict` gave, bit for bit, on `device` or where it is; of several processes each its part."""
         missing = {"rows", "p", "q", "steps"} - set(state)
         if missing:
             raise ValueError(f"the state of an AdamStep lacks {sorted(missing)}: the run used another step model")
-        rows, p, q = state["rows"], state["p"], state["q"]
+        rows = state["rows"].to(device=device)
         self.steps = int(state["steps"])
         self._slot = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.long, device=rows.device)
         self._slot[rows] = torch.arange(1, len(rows) + 1, device=rows.device)
         self._used = len(rows) + 1
-        if self._shard is not None:
-            p, q = (moment[self._shard.number :: self._shard.count] for moment in (p, q))
-        dtype = self.moment_dtype or p.dtype
-        self._p = torch.cat([p.new_zeros(1, p.shape[1]), p]).to(dtype)
-        self._q = torch.cat([q.new_zeros(1, q.shape[1]), q]).to(dtype)
+        own = slice(None) if self._shard is None else slice(self._shard.number, None, self._shard.count)
+        p, q = (state[name][own].to(device=device, dtype=self.moment_dtype) for name in ("p", "q"))
+        self._p, self._q = (torch.cat([each.new_zeros(1, each.shape[1]), each]) for each in (p, q))
 
     def _held(self, used: int) -> int:
         """How many of so many used slots are stored here."""

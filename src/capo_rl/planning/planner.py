@@ -319,13 +319,14 @@ class Planner(Updates):
             | {name: torch.tensor(getattr(self, name)) for name in _COUNTERS}
         )
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave, bit for bit. Raises `ValueError` for the state of another planner."""
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Go on from what `state_dict` gave, bit for bit, with moments on `device` or where they are. Raises
+        `ValueError` for the state of another planner."""
         expected = {*_COUNTERS, *(() if self.share is None else ("share.accepted", "share.everyone"))}
         if missing := expected - state.keys():
             raise ValueError(f"the state of a Planner lacks {sorted(missing)}: it is another's, or had no share")
         self.step.load_state_dict(
-            {name.removeprefix("step."): tensor for name, tensor in state.items() if name.startswith("step.")}
+            {name.removeprefix("step."): tensor for name, tensor in state.items() if name.startswith("step.")}, device
         )
         if self.share is not None:
             self.share.load_state_dict({name: float(state[f"share.{name}"]) for name in ("accepted", "everyone")})

@@ -80,7 +80,7 @@ def load_beside(trainer: Any, checkpoint: Path) -> None:
             f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
             "without resuming, pass the folder as the model"
         )
-    tensors, counters = load_state(path, trainer.accelerator.device)
+    tensors, counters = load_state(path, torch.device("cpu"))  # of moments a process may want only a part
     updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
     trainer.completions, trainer._step = counters["completions"], counters["micro_steps"]
     if updates is not None:
@@ -96,7 +96,7 @@ def load_beside(trainer: Any, checkpoint: Path) -> None:
         planner.accepted_tokens = counters.get("accepted_tokens", 0)
         if planner.share is not None and (kept := counters.get("share")):
             planner.share.load_state_dict(kept)
-        planner.step.load_state_dict(tensors)
+        planner.step.load_state_dict(tensors, trainer.accelerator.device)
     if counters["processes"] != trainer.accelerator.num_processes:
         trainer._step = 0  # a generation batch starts here
         logger.warning(

@@ -381,8 +381,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if self.engine_config.forward_only or self.optimizer is None:
             return
         self.planner = self.region = None  # made anew, from what was saved
-        device = str(next(self.module.parameters()).device)
-        self._restored = load_state(local_path, device) or ({}, {})
+        self._restored = load_state(local_path, "cpu") or ({}, {})  # of moments a process may want only a part
 
     def _restore(self, planner: Planner, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
         if not tensors:
@@ -390,7 +389,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
                 f"the checkpoint has no {STATE_FILE}: it was not written with CAPO. To start from its weights without "
                 "resuming, give the model's folder as actor_rollout_ref.model.path"
             )
-        planner.load_state_dict(tensors)
+        planner.load_state_dict(tensors, next(self.module.parameters()).device)
         if self.region is not None and counters.get("region"):
             self.region.load_state_dict(counters["region"])
         self._steps = counters.get("steps", 0)
