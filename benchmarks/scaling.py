@@ -1,6 +1,7 @@
 """What CAPO adds to a step by formula, held against what is measured, and carried on to sizes that don't fit here.
 
-    python benchmarks/scaling.py        # results/scaling.json; five minutes on two cores
+    python benchmarks/scaling.py            # results/scaling.json; five minutes on two cores
+    python benchmarks/scaling.py --bytes    # counts bytes alone, and leaves the seconds that were measured
 
 Of n tokens a process, k rows a token, d, V and 1, 2, 4 or 8 processes (gloo): bytes handed over and bytes held, which
 are counted, and seconds, whose constants are fitted to a base and its doublings, one and two at a time, and then
@@ -83,8 +84,8 @@ def fetched(rows: int, size: Size, tile: int) -> int:
 
 
 def handed_over_for_spread_moments(rows: int, size: Size, *, logged: bool) -> int:
-    """What comes to `handed_over` where moments are spread over processes, in a step of one micro-batch: which rows anybody
-    asks for, and those; in a logged step once more, with each tile of the gradient."""
+    """What comes to `handed_over` where moments are spread over processes, in a step of one micro-batch: which rows
+    anybody asks for, and those; in a logged step once more, with each tile of the gradient."""
     both, one = (tile_rows(width * size.d, torch.device("cpu")) for width in (2, 1))
     tiles = [len(range(rows)[some]) for some in blocks(rows, one)] if logged else []
     return _INT + rows + 1 + fetched(rows, size, both) + sum(fetched(each, size, both) for each in tiles)
@@ -311,6 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
     parser.add_argument("--base", type=int, nargs=4, default=[512, 32, 128, 8192], metavar=("N", "K", "D", "V"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bytes", action="store_true", help="on a busy machine: keep the seconds that are in --out")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     base = Size(*asked.base)
@@ -323,7 +325,8 @@ def main() -> None:
         replace(base, n=factor * base.n, k=factor * base.k, d=factor * base.d, vocabulary=factor * base.vocabulary)
         for factor in (2, 4)
     ]
-    alone = {size: _best(measured, size, asked.repeats) for size in [base, *doubled, *pairs, *larger]}
+    repeats = 1 if asked.bytes else asked.repeats
+    alone = {size: _best(measured, size, repeats) for size in [base, *doubled, *pairs, *larger]}
     constants = fitted([alone[size] for size in [base, *doubled, *pairs]])
     seconds = [
         {**asdict(size), "predicted": float(np.dot(work(size, alone[size]["rows"]), constants))}
@@ -332,16 +335,21 @@ def main() -> None:
     ]
     several = [together(replace(base, processes=count)) for count in (2, 4, 8)]
     counted = [_named(found) | compared(found) for found in [*alone.values(), *several]]
-    result = {
+    timed: dict[str, Any] = {
         "seconds": seconds,
         "seconds a unit": dict(zip(("product", "pass", "shifts", "moments"), constants.tolist(), strict=True)),
+    }
+    if asked.bytes:
+        before = json.loads(asked.out.read_text(encoding="utf-8"))
+        timed = {name: before[name] for name in timed}
+    result = timed | {
         "bytes": counted,
         "rows by processes": [[found["processes"], found["rows"]] for found in [alone[base], *several]],
         "carried on": {name: asdict(run) | carried_on(run) for name, run in RUNS.items()},
         "versions": versions(),
     }
     write_json(asked.out, result, indent=1)
-    for row in seconds:
+    for row in timed["seconds"]:
         print(
             f"n {row['n']}, k {row['k']}, d {row['d']}, V {row['vocabulary']}: "
             f"{row['predicted']:.4f} s predicted, {row['measured']:.4f} measured"

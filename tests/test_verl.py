@@ -41,6 +41,7 @@ if HAS_VERL:
         from verl.workers.utils.padding import no_padding_2_padding
 
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
+        from capo_rl.verl.state import load_state
         from verl_cpu import fsdp1_on_cpu, packed, run_trainer, small_run, update, workers_on_ray
 
 MASK = {"mode": "mask"}
@@ -737,13 +738,16 @@ def test_a_checkpoint_without_the_share_is_refused_where_it_is_asked_for(engine,
 
 @needs_verl
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("workers", "strategy"), [(1, "fsdp2"), (2, "fsdp2"), (2, "fsdp")])
-def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy):
+@pytest.mark.parametrize(
+    ("workers", "strategy", "spread"),
+    [(1, "fsdp2", False), (2, "fsdp2", False), (2, "fsdp2", True), (2, "fsdp", False)],
+)
+def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy, spread):
     """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
     from verl.workers.config import TrainingWorkerConfig
 
     batches = [make_batch(seed) for seed in range(3)]
-    alone, loss = engine(capo=NARROW | BUDGET)
+    alone, loss = engine(capo=NARROW | BUDGET | {"shard_moments": spread})
     outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
     settings = engine_config(strategy=strategy)
@@ -762,6 +766,7 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
     with workers_on_ray(workers, config, loss) as group:
         figures = [update(group, packed(batch, micro_batch=8 // workers)) for batch in batches]
         states = group.state()
+        group.save_checkpoint(str(tmp_path / "checkpoint"), global_step=3)
 
     assert [kind for kind, _, _ in states] == ["CAPOEngine"] * workers
     for out, figure in zip(outputs, figures, strict=True):
@@ -771,7 +776,9 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
         ):
             assert figure[name] == pytest.approx(out["metrics"][name] * len(figure[name]), rel=1e-4), name
     moments = alone.planner.step.state_dict()
+    saved, _ = load_state(str(tmp_path / "checkpoint"), "cpu")
     for _, state, weights in states:
+        assert all(torch.equal(saved[f"step.{name}"], each) for name, each in state.items())
         assert torch.equal(state["rows"], moments["rows"])
         for name in ("p", "q"):
             torch.testing.assert_close(state[name], moments[name], rtol=1e-3, atol=1e-7)

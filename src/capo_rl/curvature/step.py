@@ -239,7 +239,7 @@ class AdamStep:
         return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)} if here else {}
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Restore what `state_dict` gave, bit for bit, on `device` or where it is; of several processes each its part."""
+        """Restore what `state_dict` gave, bit for bit, on `device` or where it is; of several processes a part."""
         missing = {"rows", "p", "q", "steps"} - set(state)
         if missing:
             raise ValueError(f"the state of an AdamStep lacks {sorted(missing)}: the run used another step model")

@@ -65,7 +65,9 @@ class Planner(Updates):
 
     Each of several `processes` plans its own tokens. Moments and figures are those of all tokens together, and so is
     the decision to skip: `rejects_everything`, `is_empty`, `has_gradient`, `commit`, `skip` and `measured_kl` are
-    collective. Losses are those of one process, and the gradients' mean over processes is part of `commit`'s scale.
+    collective. So are `plan` and `state_dict` where the step's moments are spread over them: all plan equally often,
+    with no token where they have none. Losses are those of one process, and the gradients' mean over processes is part
+    of `commit`'s scale.
 
     Raises `RuntimeError`, naming the call that is missing or too many, for a loop that commits twice, or not before
     the optimizer's step (known to `of`), or whose number of processes changes; `ValueError` for shapes that don't fit.
