@@ -70,13 +70,12 @@ class Shard:
         self, p: Float[Tensor, "held d"], q: Float[Tensor, "held d"], slots: int, here: bool
     ) -> tuple[Float[Tensor, "slots d"], Float[Tensor, "slots d"]]:
         """P and Q of all slots in their order, on the CPU; none where they are not wanted `here`."""
-        parts = [torch.stack([p[:0], q[:0]], dim=1).cpu()]
-        for some in blocks(slots + 1, tile_rows(2 * p.shape[1], p.device), first=1):
-            came = self._gathered(p, q, torch.arange(some.start, some.stop, device=p.device))
+        p_all, q_all = (torch.empty(slots if here else 0, p.shape[1], dtype=p.dtype) for _ in (p, q))
+        for some in blocks(slots, tile_rows(2 * p.shape[1], p.device)):
+            came = self._gathered(p, q, torch.arange(some.start + 1, some.stop + 1, device=p.device))
             if here:
-                parts.append(came.cpu())
-        both = torch.cat(parts)
-        return both[:, 0].contiguous(), both[:, 1].contiguous()
+                p_all[some], q_all[some] = came.cpu().unbind(1)
+        return p_all, q_all
 
     def _gathered(self, p: Tensor, q: Tensor, slots: Tensor) -> Float[Tensor, "slots 2 d"]:
         """P and Q at some slots, the same in all processes, each of which hands in those that it keeps."""
