@@ -1,6 +1,7 @@
 """What CAPO adds to a step by formula, held against what is measured, and carried on to sizes that don't fit here.
 
-    python benchmarks/scaling.py        # results/scaling.json; five minutes on two cores
+    python benchmarks/scaling.py            # results/scaling.json; five minutes on two cores
+    python benchmarks/scaling.py --bytes    # counts bytes alone, and leaves the seconds that were measured
 
 Of n tokens a process, k rows a token, d, V and 1, 2, 4 or 8 processes (gloo): bytes handed over and bytes held, which
 are counted, and seconds, whose constants are fitted to a base and its doublings, one and two at a time, and then
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from capo_rl.curvature.head import Head
+from capo_rl.curvature.last_layer import blocks, tile_rows
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import Thresholds
 from capo_rl.curvature.step import AdamStep
@@ -67,6 +69,26 @@ def held_by_a_look(size: Size, of_hidden: int = _FLOAT, sample: float = _SAMPLE)
 def held_by_moments(rows: int, size: Size) -> int:
     """P and Q of the rows that any token touched, and of the row of zeros."""
     return 2 * (rows + 1) * size.d * _FLOAT
+
+
+def held_by_spread_moments(rows: int, size: Size) -> int:
+    """The same of a process that keeps its part, the first and so the largest."""
+    return held_by_moments(math.ceil(rows / size.processes), size)
+
+
+def fetched(rows: int, size: Size, tile: int) -> int:
+    """Bytes that a process hands in where P and Q of so many rows are fetched, which lie in the processes in turn: its
+    part of each `tile` of rows, and how large that is."""
+    tiles = [len(range(rows)[some]) for some in blocks(rows, tile)]
+    return sum(size.processes * _INT + 2 * math.ceil(each / size.processes) * size.d * _FLOAT for each in tiles)
+
+
+def handed_over_for_spread_moments(rows: int, size: Size, *, logged: bool) -> int:
+    """What comes to `handed_over` where moments are spread over processes, in a step of one micro-batch: which rows
+    anybody asks for, and those; in a logged step once more, with each tile of the gradient."""
+    both, one = (tile_rows(width * size.d, torch.device("cpu")) for width in (2, 1))
+    tiles = [len(range(rows)[some]) for some in blocks(rows, one)] if logged else []
+    return _INT + rows + 1 + fetched(rows, size, both) + sum(fetched(each, size, both) for each in tiles)
 
 
 def handed_over(rows: int, last_row: int, size: Size, *, logged: bool) -> int:
@@ -138,6 +160,8 @@ def carried_on(run: Run) -> dict[str, float]:
     return found | {
         "mask, held, GB": held_by_a_plan(size, 2) / 1e9,
         "mask, moments, GB": held_by_moments(rows, size) / 1e9,
+        "mask, moments, spread, GB": held_by_spread_moments(rows, size) / 1e9,
+        "mask, fetched for a micro-batch": 2 * rows * run.d * _FLOAT / (2 * run.weights),
         "mask, operations": head / training,
         "mask, handed over": handed_over(rows, rows - 1, size, logged=False) / (2 * run.weights),
         "head sharded, broadcast": 2 * run.vocabulary * run.d / (2 * run.weights),
@@ -188,6 +212,21 @@ def measured(size: Size, rank: int = 0) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
+def measured_spread(size: Size, rank: int) -> dict[str, Any]:
+    """What of it is otherwise where moments are spread over the processes."""
+    hidden, weight, actions = made_up(size, rank)
+    processes, advantages = Processes(), torch.ones(size.n)
+    planner = Planner(AdamStep(1e-5, processes=processes), Thresholds(None, None), top_k=size.k)
+    found = {}
+    for name in ("first", "step", "logged step"):
+        planner.plan(hidden, Head(weight), actions, advantages).weights = advantages
+        planner.commit(describe=name == "logged step")
+        found[f"spread, {name}, bytes"] = processes.take_bytes()
+    found["spread, moments"] = sum(moment.nbytes for moment in planner.step.storage(size.d, weight))
+    return found
+
+
 def _bytes(holder: Any) -> int:
     """Of the tensors that an object holds, each counted once."""
     seen: dict[int, int] = {}
@@ -213,7 +252,7 @@ def together(size: Size) -> dict[str, Any]:
 def _one(rank: int, folder: str, size: Size) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size.processes)
-    found = measured(size, rank)
+    found = measured(size, rank) | measured_spread(size, rank)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.barrier()
@@ -227,7 +266,7 @@ def compared(found: dict[str, Any]) -> dict[str, list[float]]:
     """Predicted and measured of everything that is counted."""
     size = Size(**{name: found[name] for name in Size.__dataclass_fields__})
     rows, last = found["rows"], found["last row"]
-    return {
+    by_kind = {
         "held between plan and commit": [held_by_a_plan(size), found["held"]],
         "the same, default": [held_by_a_look(size), found["default, held"]],
         "moments": [held_by_moments(rows, size), found["moments"]],
@@ -235,6 +274,15 @@ def compared(found: dict[str, Any]) -> dict[str, list[float]]:
         "in a logged step": [handed_over(rows, last, size, logged=True), found["logged step, bytes"]],
         "in a step, default": [handed_over_by_default(size), found["default, bytes"]],
     }
+    if size.processes > 1:
+        by_kind["moments, spread"] = [held_by_spread_moments(rows, size), found["spread, moments"]]
+        for name, logged in (("step", False), ("logged step", True)):
+            whole = handed_over(rows, last, size, logged=logged)
+            by_kind[f"in a {name}, spread"] = [
+                whole + handed_over_for_spread_moments(rows, size, logged=logged),
+                found[f"spread, {name}, bytes"],
+            ]
+    return by_kind
 
 
 def fitted(points: list[dict[str, Any]]) -> np.ndarray:
@@ -264,6 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling.json"))
     parser.add_argument("--base", type=int, nargs=4, default=[512, 32, 128, 8192], metavar=("N", "K", "D", "V"))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bytes", action="store_true", help="on a busy machine: keep the seconds that are in --out")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     base = Size(*asked.base)
@@ -276,7 +325,8 @@ def main() -> None:
         replace(base, n=factor * base.n, k=factor * base.k, d=factor * base.d, vocabulary=factor * base.vocabulary)
         for factor in (2, 4)
     ]
-    alone = {size: _best(measured, size, asked.repeats) for size in [base, *doubled, *pairs, *larger]}
+    repeats = 1 if asked.bytes else asked.repeats
+    alone = {size: _best(measured, size, repeats) for size in [base, *doubled, *pairs, *larger]}
     constants = fitted([alone[size] for size in [base, *doubled, *pairs]])
     seconds = [
         {**asdict(size), "predicted": float(np.dot(work(size, alone[size]["rows"]), constants))}
@@ -285,16 +335,21 @@ def main() -> None:
     ]
     several = [together(replace(base, processes=count)) for count in (2, 4, 8)]
     counted = [_named(found) | compared(found) for found in [*alone.values(), *several]]
-    result = {
+    timed: dict[str, Any] = {
         "seconds": seconds,
         "seconds a unit": dict(zip(("product", "pass", "shifts", "moments"), constants.tolist(), strict=True)),
+    }
+    if asked.bytes:
+        before = json.loads(asked.out.read_text(encoding="utf-8"))
+        timed = {name: before[name] for name in timed}
+    result = timed | {
         "bytes": counted,
         "rows by processes": [[found["processes"], found["rows"]] for found in [alone[base], *several]],
         "carried on": {name: asdict(run) | carried_on(run) for name, run in RUNS.items()},
         "versions": versions(),
     }
     write_json(asked.out, result, indent=1)
-    for row in seconds:
+    for row in timed["seconds"]:
         print(
             f"n {row['n']}, k {row['k']}, d {row['d']}, V {row['vocabulary']}: "
             f"{row['predicted']:.4f} s predicted, {row['measured']:.4f} measured"
@@ -308,8 +363,8 @@ def _named(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(counted: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    names = [name for name, value in counted[0].items() if isinstance(value, list)]
-    return {name: [row[name] for row in counted] for name in names}
+    names = dict.fromkeys(name for row in counted for name, value in row.items() if isinstance(value, list))
+    return {name: [row[name] for row in counted if name in row] for name in names}
 
 
 if __name__ == "__main__":

@@ -355,6 +355,8 @@ def scaling_carried_on() -> str:
         "default, 16,384 tokens, operations": ("default measured on 16,384 tokens: operations", "{:.2%}"),
         "mask, held, GB": ("mask: held in a step", "{:.2f} GB"),
         "mask, moments, GB": ("mask: moments", "{:.1f} GB"),
+        "mask, moments, spread, GB": ("mask: moments, spread over the processes", "{:.2f} GB"),
+        "mask, fetched for a micro-batch": ("what comes then for each micro-batch, at most", "{:.1%}"),
         "mask, operations": ("mask: operations", "{:.1%}"),
         "mask, handed over": ("mask: handed over", "{:.1%}"),
     }

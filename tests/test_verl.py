@@ -33,6 +33,7 @@ if HAS_VERL:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import verl  # noqa: F401 (which loads capo_rl.verl by its own setting)
+        from capo_rl.verl.state import load_state
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
         from verl.workers.engine.base import EngineRegistry
@@ -808,13 +809,16 @@ def test_a_checkpoint_without_the_share_is_refused_where_it_is_asked_for(engine,
 
 @needs_verl
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("workers", "strategy"), [(1, "fsdp2"), (2, "fsdp2"), (2, "fsdp")])
-def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy):
+@pytest.mark.parametrize(
+    ("workers", "strategy", "spread"),
+    [(1, "fsdp2", False), (2, "fsdp2", False), (2, "fsdp2", True), (2, "fsdp", False)],
+)
+def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, workers, strategy, spread):
     """`TrainingWorker` in verl's own worker group, on this machine alone; two of them share each mini-batch."""
     from verl.workers.config import TrainingWorkerConfig
 
     batches = [make_batch(seed) for seed in range(3)]
-    alone, loss = engine(capo=NARROW | BUDGET)
+    alone, loss = engine(capo=NARROW | BUDGET | {"shard_moments": spread})
     outputs = train(alone, loss, batches, micro_batch=8)  # what the workers have side by side
 
     settings = engine_config(strategy=strategy)
@@ -833,6 +837,8 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
     with workers_on_ray(workers, config, loss) as group:
         figures = [update(group, packed(batch, micro_batch=8 // workers)) for batch in batches]
         states = group.state()
+        if strategy == "fsdp2":  # verl calls a CPU "cpu:cpu" where it saves FSDP1's weights
+            group.save_checkpoint(str(tmp_path / "checkpoint"), global_step=3)
 
     assert [kind for kind, _, _ in states] == ["CAPOEngine"] * workers
     for out, figure in zip(outputs, figures, strict=True):
@@ -842,7 +848,10 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
         ):
             assert figure[name] == pytest.approx(out["metrics"][name] * len(figure[name]), rel=1e-4), name
     moments = alone.planner.step.state_dict()
+    saved = load_state(str(tmp_path / "checkpoint"), "cpu")
+    assert (saved is None) == (strategy == "fsdp")
     for _, state, weights in states:
+        assert saved is None or all(torch.equal(saved[0][f"step.{name}"], each) for name, each in state.items())
         assert torch.equal(state["rows"], moments["rows"])
         for name in ("p", "q"):
             torch.testing.assert_close(state[name], moments[name], rtol=1e-3, atol=1e-7)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import warm
 from capo_rl import AdamStep, Head, Planner, Thresholds, TrustRegion
+from capo_rl.curvature.last_layer import row_gradient
 from capo_rl.curvature.processes import Processes
 from capo_rl.planning.trust_region import Steering, way_back
 
@@ -121,6 +122,18 @@ def more_processes(monkeypatch):
     small.plan()
 
 
+def spread(monkeypatch):
+    """A step model as the first of two processes has it."""
+    monkeypatch.setattr(Processes, "count", property(lambda self: 2))
+    monkeypatch.setattr(Processes, "number", 0)
+    return AdamStep(0.1, processes=Processes())
+
+
+def follows_its_own_gradient(monkeypatch):
+    small = Small()
+    spread(monkeypatch).update(row_gradient(small.plan().layer, torch.ones(6)))
+
+
 def goes_on_without_its_share(*_):
     small = Small()
     small.planner.load_state_dict(Planner(AdamStep(0.1), Thresholds()).state_dict())
@@ -140,6 +153,11 @@ TOLD = {
     "has no mean over accepted tokens": masks_another_loss,
     "of micro-batch 0 has shape (2, 4), and 6 tokens were planned": weighs_in_another_shape,
     "began with 1 processes and there are 2": more_processes,
+    "and this one has a part of them": lambda patch: spread(patch).slots(torch.tensor([0])),
+    "and the gradient is that of one": follows_its_own_gradient,
+    "over other processes than those that plan it": lambda patch: Planner(
+        spread(patch), Thresholds(), processes=Processes()
+    ),
     "is another's, or had no share": goes_on_without_its_share,
     "Planner.of knows the steps of Adam and of SGD without momentum": lambda *_: Small(torch.optim.RMSprop),
 }

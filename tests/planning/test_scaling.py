@@ -21,8 +21,9 @@ def test_formulas_are_what_is_counted(size):
         assert (counted > 0) == ("handed" not in name and "step" not in name), name  # alone there is nobody to tell
 
 
-def test_formulas_with_two_processes():
-    found = SCALING["together"](replace(SIZES[0], processes=2))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_formulas_with_several_processes(processes):
+    found = SCALING["together"](replace(SIZES[0], processes=processes))
     for name, (predicted, counted) in SCALING["compared"](found).items():
         assert predicted == counted > 0, name
 

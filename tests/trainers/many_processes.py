@@ -21,6 +21,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from capo_rl import CAPOConfig, CAPOTrainer
+from capo_rl.curvature.step import AdamStep
 from conftest import PAPERS, SETTINGS, WORDS, make_model, make_tokenizer, prompts, wants_even_words
 
 
@@ -89,6 +90,12 @@ def main(folder: str, runs: list[dict]) -> None:
     os._exit(0)
 
 
+def held(trainer) -> int:
+    """The bytes of the step model's moments in this process."""
+    step = None if trainer.planner is None else trainer.planner.step
+    return sum(each.nbytes for each in step.storage(0, torch.zeros(0))) if isinstance(step, AdamStep) else 0
+
+
 def train(folder: str, settings: dict) -> None:
     name, world = settings.pop("name"), int(os.environ.get("WORLD_SIZE", "1"))
     completions = settings.pop("completions", 8)  # a step, of all processes
@@ -147,6 +154,7 @@ def train(folder: str, settings: dict) -> None:
         {
             "weights": {} if state is None else {key: value.detach().float() for key, value in state.items()},
             "moments": {} if trainer.planner is None else trainer.planner.step.state_dict(),
+            "held": held(trainer),
             "verdicts": verdicts,
             "figures": figures,
             "sharded_head": any(sharded),

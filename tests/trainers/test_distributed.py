@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import warm
+from capo_rl.trainers.state import STATE_FILE
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}
@@ -167,3 +168,31 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, before, after)
     # The learning rate is constant and completions depend on the step alone, so the steps are those of one long run.
     verdicts = {key: value for key, value in whole["verdicts"].items() if key[0] >= 3}
     check_equal(whole | {"verdicts": verdicts, "figures": whole["figures"][6:]}, resumed)
+
+
+@pytest.mark.parametrize("engine", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_moments_that_are_spread_over_processes_train_the_same_weights(tmp_path, engine):
+    """To the bit, in half the memory; a checkpoint is the same file, and a run goes on from it."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, **SOME, **engine}
+    names = ("whole", "spread", "resumed")
+    whole, spread, resumed = ({"name": name, "capo_shard_moments": name != "whole", **settings} for name in names)
+    folders = {"whole": tmp_path / "whole", "spread": tmp_path / "spread", "resumed": tmp_path / "spread"}
+    launch(folders["whole"], 2, [whole])
+    launch(folders["spread"], 2, [spread])
+    saved = [(folders[name] / "checkpoint-2" / STATE_FILE).read_bytes() for name in ("whole", "spread")]
+    assert saved[0] == saved[1]
+    launch(folders["resumed"], 2, [resumed | {"resume_from_checkpoint": str(folders["spread"] / "checkpoint-2")}])
+    for rank in range(2):
+        one, *others = (torch.load(folders[name] / f"{name}-{rank}.pt", weights_only=True) for name in names)
+        for other in others:
+            for part in ("weights", "moments"):
+                assert one[part].keys() == other[part].keys()
+                assert all(torch.equal(each, other[part][name]) for name, each in one[part].items())
+            for key, (keep, m_f) in other["verdicts"].items():
+                assert one["verdicts"][key][0] == keep
+                assert m_f == pytest.approx(one["verdicts"][key][1], rel=1e-4, abs=1e-12)
+        assert one["verdicts"].keys() == others[0]["verdicts"].keys()
+        assert not all(all(keep) for keep, _ in one["verdicts"].values())
+        rows, width = one["moments"]["p"].shape
+        assert one["held"] == 2 * (rows + 1) * width * 4
+        assert all(other["held"] == 2 * ((rows + 1 - rank) // 2 + 1) * width * 4 for other in others)

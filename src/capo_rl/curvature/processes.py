@@ -29,6 +29,11 @@ class Processes:
         """How many there are."""
         return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
+    @property
+    def number(self) -> int:
+        """Which of them this one is, from 0."""
+        return dist.get_rank(self.group) if self.count > 1 else 0
+
     def take_bytes(self) -> int:
         """What was handed in since the last call."""
         taken, self.bytes = self.bytes, 0
@@ -76,7 +81,7 @@ class Processes:
     def _mine(self, value: Tensor) -> Tensor:
         """Zeros for every process, and the value at this one's place."""
         values = value.new_zeros(self.count)
-        values[dist.get_rank(self.group)] = value
+        values[self.number] = value
         return values
 
     def _reduced(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:

@@ -209,10 +209,13 @@ def subset_direction(
     # A tile is the step of some pairs: whole rows, which are read fastest. Its size is the same in every process, which
     # reduce their gradients a tile at a time.
     size = tile_rows(layer.hidden.shape[1], layer.u.device)
-    tiles = (
-        (pairs, [step.plan(gradient.part(pairs), gradient.rows[pairs]) for gradient in gradients])
-        for pairs in blocks(len(rows.rows), size)
-    )
+
+    def planned(pairs: slice) -> list[Tensor]:
+        some = rows.rows[pairs]
+        here = step if rows.processes is None else step.at(some, alike=True)
+        return [here.plan(gradient.part(pairs), some) for gradient in gradients]
+
+    tiles = ((pairs, planned(pairs)) for pairs in blocks(len(rows.rows), size))
     shared = len(rows.rows) * len(layer) <= SHARED_ROWS * len(rows.order)
     v = layer.u.new_zeros(len(gradients), *layer.support.shape)
     (_multiply_all if shared else _multiply_own)(v, layer.hidden, rows, tiles)

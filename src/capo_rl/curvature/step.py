@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from capo_rl.curvature.kernels import uses_triton
 from capo_rl.curvature.kernels.adam_shifts import Adam, adam_direction, momentum_direction, square_root
 from capo_rl.curvature.kernels.moment_update import fused_update_moments, update_moments
 from capo_rl.curvature.last_layer import SHARED_ROWS, RowGradient
+from capo_rl.curvature.processes import Processes
+from capo_rl.curvature.sharded_moments import Shard
 
 
 @dataclass
@@ -24,6 +27,10 @@ class SGDStep:
     """
 
     lr: float
+
+    def at(self, rows: Int[Tensor, "*rows"], alike: bool = False) -> SGDStep:
+        """Itself: it has nothing to fetch."""
+        return self
 
     def plan(self, gradient: Float[Tensor, "rows d"], rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows d"]:
         """The step on some rows of W, given the gradient there."""
@@ -42,10 +49,10 @@ class SGDStep:
     def update(self, gradient: RowGradient, scale: float = 1.0) -> None:
         """Nothing: SGD has no memory."""
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, here: bool = True) -> dict[str, Tensor]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         if state:
             raise ValueError(f"SGDStep has no state, but was given {sorted(state)}: the run used another step model")
 
@@ -59,6 +66,9 @@ class AdamStep:
 
     Planning changes nothing; `update` advances the moments, once per optimizer step. `moment_dtype=torch.bfloat16`
     halves their memory; by default they have the gradient's dtype.
+
+    With several `processes` each keeps the moments of an equal part of these rows (`sharded_moments`). `update`,
+    `state_dict` and `at` are collective then, and moments are read in the step that `at` returns, which fetches them.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class AdamStep:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         moment_dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas} must lie in [0, 1)")
@@ -76,7 +87,10 @@ class AdamStep:
             raise ValueError(f"moment_dtype={moment_dtype}: None or torch.bfloat16; float16 has no room for squares")
         self.lr, self.betas, self.eps, self.moment_dtype = lr, betas, eps, moment_dtype
         self.steps = 0
+        self.processes = processes
+        self._shard = Shard.of(processes)
         # Slot 0 is a row of zeros that every untouched vocabulary row points to; behind the last used slot is room.
+        # Of several processes each knows all slots, and has the moments of its own.
         self._slot = torch.zeros(0, dtype=torch.long)
         self._used = 1
         self._p = self._q = torch.zeros(1, 0)
@@ -92,13 +106,47 @@ class AdamStep:
         """The vocabulary rows that have moments, ascending."""
         return self._slot.nonzero().squeeze(1)
 
+    def at(self, rows: Int[Tensor, "*rows"], alike: bool = False) -> AdamStep:
+        """The step with the moments of `rows` to read, fetched from the processes that keep them; collective.
+
+        `alike`: all processes give the same rows. At rows that have moments and were not asked for it raises
+        `IndexError`.
+        """
+        if self._shard is None:
+            return self
+        step = copy.copy(self)
+        step._shard = None
+        if self._p.shape[1]:
+            wanted = torch.zeros(self._used, dtype=torch.bool, device=rows.device)
+            wanted[self._slots(rows)] = True
+            wanted[0] = False
+            slots = wanted.nonzero().squeeze(1)
+            step._p, step._q = self._shard.fetched(self._p, self._q, slots, alike)
+            step._used = len(step._p)
+            place = torch.full_like(wanted, -1, dtype=torch.long)  # no row of what was fetched
+            place[0] = 0
+            place[slots] = torch.arange(1, step._used, device=rows.device)
+            step._slot = place[self._slot]
+        return step
+
     def moments(self, rows: Int[Tensor, "rows"]) -> tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]:
         """P and Q at `rows`, zero for rows never touched."""
         slots = self.slots(rows)
         return self._p.index_select(0, slots), self._q.index_select(0, slots)
 
     def slots(self, rows: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
-        """Where the moments of `rows` are stored; 0 for a row never touched."""
+        """Where the moments of `rows` are stored; 0 for a row never touched.
+
+        Raises `RuntimeError` where they are spread over processes.
+        """
+        if self._shard is not None:
+            raise RuntimeError(
+                "the moments are spread over processes, and this one has a part of them: read those of step.at(rows), "
+                "which fetches them"
+            )
+        return self._slots(rows)
+
+    def _slots(self, rows: Tensor) -> Tensor:
         known = len(self._slot)
         if not known:
             return torch.zeros_like(rows)
@@ -107,9 +155,10 @@ class AdamStep:
     def storage(
         self, width: int, like: Tensor
     ) -> tuple[Float[Tensor, "slots {width}"], Float[Tensor, "slots {width}"]]:
-        """P and Q as they are stored, where `slots` points to; a row of zeros before any update."""
+        """P and Q as they are stored here, where `slots` points to; a row of zeros before any update."""
         if self._p.shape[1]:
-            return self._p[: self._used], self._q[: self._used]
+            held = self._held(self._used)
+            return self._p[:held], self._q[:held]
         zeros = like.new_zeros(1, width)
         return zeros, zeros
 
@@ -154,37 +203,58 @@ class AdamStep:
         The gradient is that of the objective (ascent), under the loss's own weights; `scale` is the factor of
         gradient clipping. Rows the gradient does not name have a gradient of zero, so their moments decay.
         """
-        rows = gradient.rows
+        rows, shard = gradient.rows, self._shard
         if (rows.diff() <= 0).any():
             raise ValueError("the gradient has several subsets: the moments follow that of the whole batch")
+        if shard is not None and gradient.processes is None:
+            raise ValueError(
+                "the moments are spread over processes, and the gradient is that of one: give row_gradient the rows of "
+                "SupportRows.over(processes)"
+            )
         self._grow(rows, gradient.hidden.shape[1], gradient.values)
-        p, q, slots = self._p[: self._used], self._q[: self._used], self.slots(rows)
+        held = self._held(self._used)
+        p, q = self._p[:held], self._q[:held]
+        slots = self._slots(rows) if shard is None else shard.places(self._slots(rows))
         if uses_triton(p) and p.dtype == torch.float32 and gradient.processes is None:
             fused_update_moments(p, q, slots, gradient, scale, self.betas)
         else:
-            update_moments(p, q, slots, gradient, scale, self.betas, seed=self.steps)
+            # another seed in each process, so that no two rows are rounded alike
+            seed = self.steps if shard is None else self.steps * shard.count + shard.number
+            update_moments(p, q, slots, gradient, scale, self.betas, seed)
         self.steps += 1
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments by row, in the order they are stored in, and the number of steps, as tensors."""
+    def state_dict(self, here: bool = True) -> dict[str, Tensor]:
+        """The moments by row, in the order they are stored in, and the number of steps, as tensors.
+
+        The same whether moments are spread over processes or not, and then on the CPU; without `here` this process gets
+        nothing, and hands in what the others get.
+        """
         rows = self.rows
         rows = rows[self._slot[rows].argsort()]
-        p, q = self.moments(rows)
-        return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)}
+        if self._shard is not None:
+            p, q = self._shard.whole(self._p, self._q, len(rows), here)
+            rows = rows.cpu()
+        elif here:
+            p, q = self.moments(rows)
+        return {"rows": rows, "p": p, "q": q, "steps": torch.tensor(self.steps)} if here else {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave; bit for bit."""
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Restore what `state_dict` gave, bit for bit, on `device` or where it is; of several processes a part."""
         missing = {"rows", "p", "q", "steps"} - set(state)
         if missing:
             raise ValueError(f"the state of an AdamStep lacks {sorted(missing)}: the run used another step model")
-        rows, p, q = state["rows"], state["p"], state["q"]
+        rows = state["rows"].to(device=device)
         self.steps = int(state["steps"])
         self._slot = torch.zeros(int(rows.max()) + 1 if len(rows) else 0, dtype=torch.long, device=rows.device)
         self._slot[rows] = torch.arange(1, len(rows) + 1, device=rows.device)
-        dtype = self.moment_dtype or p.dtype
-        self._p = torch.cat([p.new_zeros(1, p.shape[1]), p]).to(dtype)
-        self._q = torch.cat([q.new_zeros(1, q.shape[1]), q]).to(dtype)
-        self._used = len(self._p)
+        self._used = len(rows) + 1
+        own = slice(None) if self._shard is None else slice(self._shard.number, None, self._shard.count)
+        p, q = (state[name][own].to(device=device, dtype=self.moment_dtype) for name in ("p", "q"))
+        self._p, self._q = (torch.cat([each.new_zeros(1, each.shape[1]), each]) for each in (p, q))
+
+    def _held(self, used: int) -> int:
+        """How many of so many used slots are stored here."""
+        return used if self._shard is None else self._shard.held(used - 1)
 
     def _grow(self, rows: Tensor, width: int, like: Tensor) -> None:
         """Make room for the rows that are new, and at least as much as there was, so that copies stay rare."""
@@ -200,8 +270,9 @@ class AdamStep:
         new = rows[self._slot[rows] == 0]
         stop = self._used + len(new)
         self._slot[new] = torch.arange(self._used, stop, device=rows.device)
-        if stop > len(self._p):
-            room = self._p.new_zeros(max(stop, 2 * self._used) - self._used, width)
-            self._p = torch.cat([self._p[: self._used], room])
-            self._q = torch.cat([self._q[: self._used], room])
+        held, needed = self._held(self._used), self._held(stop)
+        if needed > len(self._p):
+            room = self._p.new_zeros(max(needed, 2 * held) - held, width)
+            self._p = torch.cat([self._p[:held], room])
+            self._q = torch.cat([self._q[:held], room])
         self._used = stop

@@ -62,7 +62,9 @@ class Planner(Updates):
 
     Each of several `processes` plans its own tokens. Moments and figures are those of all tokens together, and so is
     the decision to skip: `rejects_everything`, `is_empty`, `has_gradient`, `commit`, `skip` and `measured_kl` are
-    collective. Losses are those of one process, and the gradients' mean over processes is part of `commit`'s scale.
+    collective. So are `plan` and `state_dict` where the step's moments are spread over them: all plan equally often,
+    with no token where they have none. Losses are those of one process, and the gradients' mean over processes is part
+    of `commit`'s scale.
 
     Raises `RuntimeError`, naming the call that is missing or too many, for a loop that commits twice, or not before
     the optimizer's step (known to `of`), or whose number of processes changes; `ValueError` for shapes that don't fit.
@@ -100,8 +102,18 @@ class Planner(Updates):
         share: bool = False,
         processes: Processes | None = None,
     ) -> None:
+        spread = step.processes if isinstance(step, AdamStep) else None
+        if spread is not None and processes is not None and processes is not spread:
+            raise ValueError(
+                "the step's moments are spread over other processes than those that plan it: give Planner the same "
+                "Processes as AdamStep"
+            )
         super().__init__(
-            temperature=temperature, top_k=top_k, top_p=top_p, max_missing_mass=max_missing_mass, processes=processes
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            max_missing_mass=max_missing_mass,
+            processes=processes or spread,
         )
         self.step, self.thresholds, self.fisher = step, thresholds, fisher
         self.soft, self.penalty, self.translated = soft, penalty, translated
@@ -177,7 +189,8 @@ class Planner(Updates):
                 layer = LastLayer.cat(parts)[(~sample).argsort(stable=True).argsort()]
             else:
                 layer = self._layer(hidden, logits, actions)
-            shifts = token_shifts_of(layer, advantages, self.step, self.fisher)
+            step = self.step.at(layer.support)
+            shifts = token_shifts_of(layer, advantages, step, self.fisher)
             judged = shifts
             if self.translated:
                 judged = translated(shifts, self.step.lr * hidden.abs().sum(-1, dtype=shifts.m_f.dtype))
@@ -187,7 +200,7 @@ class Planner(Updates):
             elif subsets is None:
                 keep = select(judged, self.thresholds)
             else:
-                verdicts = select(subset_shifts_of(layer, advantages, self.step, subsets, self.fisher), self.thresholds)
+                verdicts = select(subset_shifts_of(layer, advantages, step, subsets, self.fisher), self.thresholds)
                 keep = verdicts[subsets] & ~shifts.nonfinite
             if self.soft:
                 keep = ~shifts.nonfinite
@@ -286,23 +299,30 @@ class Planner(Updates):
         moved = self._moved([batch.layer[marks] for batch, marks in at], now, head)
         return moved._replace(m_f=self.processes.gather(torch.cat([batch.shifts.m_f[marks] for batch, marks in at])))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments, the share and the counters after a step, as tensors by name."""
+    def state_dict(self, here: bool = True) -> dict[str, Tensor]:
+        """The moments, the share and the counters after a step, as tensors by name.
+
+        Collective where moments are spread over processes; without `here` this one takes part and gets nothing.
+        """
+        moments = self.step.state_dict(here)
+        if not here:
+            return {}
         share = {} if self.share is None else self.share.state_dict()
         return (
-            {f"step.{name}": tensor for name, tensor in self.step.state_dict().items()}
+            {f"step.{name}": tensor for name, tensor in moments.items()}
             | {f"share.{name}": torch.tensor(value, dtype=torch.float64) for name, value in share.items()}
             | {"accepted_tokens": torch.tensor(self.accepted_tokens)}
             | super().state_dict()
         )
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave, bit for bit. Raises `ValueError` for the state of another planner."""
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Go on from what `state_dict` gave, bit for bit, with moments on `device` or where they are. Raises
+        `ValueError` for the state of another planner."""
         expected = {"accepted_tokens", *(() if self.share is None else ("share.accepted", "share.everyone"))}
         if missing := expected - state.keys():
             raise ValueError(f"the state of a Planner lacks {sorted(missing)}: it is another's, or had no share")
         self.step.load_state_dict(
-            {name.removeprefix("step."): tensor for name, tensor in state.items() if name.startswith("step.")}
+            {name.removeprefix("step."): tensor for name, tensor in state.items() if name.startswith("step.")}, device
         )
         if self.share is not None:
             self.share.load_state_dict({name: float(state[f"share.{name}"]) for name in ("accepted", "everyone")})

@@ -130,11 +130,11 @@ class Updates:
             "capo/steps_skipped/nonfinite": float(self.steps_nonfinite),
         }
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The counters, as tensors by name."""
-        return {name: torch.tensor(getattr(self, name)) for name in _COUNTERS}
+    def state_dict(self, here: bool = True) -> dict[str, Tensor]:
+        """The counters, as tensors by name; without `here` this process gets nothing."""
+        return {name: torch.tensor(getattr(self, name)) for name in _COUNTERS} if here else {}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
         """Go on from what `state_dict` gave."""
         for name in _COUNTERS:
             setattr(self, name, int(state[name]))

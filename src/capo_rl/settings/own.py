@@ -81,11 +81,20 @@ def _supports(settings: Any, temperature: float, processes: Processes | None) ->
     }
 
 
-def step_of(settings: Any, model: str, lr: float, betas: tuple[float, float], eps: float) -> AdamStep | SGDStep:
-    """The model of the optimizer's step, `adam` or `sgd`, with the optimizer's constants."""
+def step_of(
+    settings: Any,
+    model: str,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    processes: Processes | None = None,
+) -> AdamStep | SGDStep:
+    """The model of the optimizer's step, `adam` or `sgd`, with the optimizer's constants; `processes` are those that
+    plan it."""
     if model == "sgd":
         return SGDStep(lr)
-    return AdamStep(lr, betas, eps, torch.bfloat16 if settings.capo_moments == "bfloat16" else None)
+    dtype = torch.bfloat16 if settings.capo_moments == "bfloat16" else None
+    return AdamStep(lr, betas, eps, dtype, processes if settings.capo_shard_moments else None)
 
 
 def control_of(

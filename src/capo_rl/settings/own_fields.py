@@ -101,6 +101,13 @@ class CAPOFields:
             "choices": CHOICES["capo_moments"],
         },
     )
+    capo_shard_moments: bool = field(
+        default=False,
+        metadata={
+            "help": "With several processes each keeps an equal part of these moments, and fetches those of its tokens "
+            "from the others: less memory, and more that is handed over. With one process it does nothing."
+        },
+    )
     capo_max_missing_mass: float = field(
         default=0.1,
         metadata={

@@ -14,7 +14,8 @@ GROUPS = {
         *("capo_granularity", "capo_fisher", "capo_advantage", "capo_soft", "capo_penalty"),
     ),
     "the step: what the optimizer is about to do": (
-        *("capo_step", "capo_share", "capo_top_k", "capo_top_p", "capo_moments", "capo_max_missing_mass"),
+        *("capo_step", "capo_share", "capo_top_k", "capo_top_p", "capo_moments", "capo_shard_moments"),
+        "capo_max_missing_mass",
     ),
     "the budget: how far an update may move the policy": (
         *("capo_kl_budget", "capo_kl_control", "capo_kl_start", "capo_kl_sample", "capo_kl_every"),

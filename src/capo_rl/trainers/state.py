@@ -36,10 +36,11 @@ def save_beside(trainer: Any, folder: Path) -> None:
             folder,
             ", ".join(lost),
         )
-    if not trainer.args.should_save:
+    # The same in every process, so one of them writes it; of moments that are spread over processes each has a part.
+    writes: bool = trainer.args.should_save
+    tensors = {} if trainer.planner is None else trainer.planner.step.state_dict(here=writes)
+    if not writes:
         return
-    # The same in every process, so one of them writes it.
-    tensors: dict[str, Tensor] = {}
     updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
     counters: dict[str, Any] = {
         "completions": trainer.completions,
@@ -55,7 +56,6 @@ def save_beside(trainer: Any, folder: Path) -> None:
             "noise_known": steps.noise_known,
         }
     if planner is not None:
-        tensors = planner.step.state_dict()
         counters |= {
             "accepted_tokens": planner.accepted_tokens,
             "share": {} if planner.share is None else planner.share.state_dict(),
@@ -77,7 +77,7 @@ def load_beside(trainer: Any, checkpoint: Path) -> None:
             f"{path} is missing: {checkpoint} is not a checkpoint of CAPOTrainer. To start from its weights "
             "without resuming, pass the folder as the model"
         )
-    tensors, counters = load_state(path, trainer.accelerator.device)
+    tensors, counters = load_state(path, torch.device("cpu"))  # of moments a process may want only a part
     updates, planner, steps = trainer.updates, trainer.planner, trainer.optimizer_steps
     trainer.completions, trainer._step = counters["completions"], counters["micro_steps"]
     if updates is not None:
@@ -93,7 +93,7 @@ def load_beside(trainer: Any, checkpoint: Path) -> None:
         planner.accepted_tokens = counters.get("accepted_tokens", 0)
         if planner.share is not None and (kept := counters.get("share")):
             planner.share.load_state_dict(kept)
-        planner.step.load_state_dict(tensors)
+        planner.step.load_state_dict(tensors, trainer.accelerator.device)
     if counters["processes"] != trainer.accelerator.num_processes:
         trainer._step = 0  # a generation batch starts here
         logger.warning(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.step import AdamStep, SGDStep
 from capo_rl.curvature.step_model import Fit, choose, fit_of_class, fit_of_name, fit_of_optimizer, group_of
 from capo_rl.planning.planner import Planner
@@ -30,13 +31,14 @@ def known_fit(trainer: Any) -> Fit:
     return fit_of_name(trainer.args.optim, trainer.args.optim_args)
 
 
-def step_model(args: Any, fit: Fit) -> AdamStep | SGDStep:
-    """The model of the optimizer's step that the settings ask for, with the constants of `args`.
+def step_model(args: Any, fit: Fit, processes: Processes | None = None) -> AdamStep | SGDStep:
+    """The model of the optimizer's step that the settings ask for, with the constants of `args`; `processes` are those
+    that plan it.
 
     Raises `ValueError` as `step_model.choose`.
     """
     model = choose(args.capo_step, args.capo_mode, fit)
-    return step_of(args, model, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)
+    return step_of(args, model, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, processes)
 
 
 def follow_optimizer(trainer: Any, planner: Planner, fit: Fit) -> float:

@@ -22,6 +22,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from capo_rl.curvature.last_layer import LastLayer
+from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
 from capo_rl.planning.micro_batch import check_hooked, marked
 from capo_rl.planning.planner import Planner
@@ -116,7 +117,8 @@ class CAPOTrainer(GRPOTrainer):
             if fit is None:
                 self.updates = updates_of(args, args.temperature)
             else:
-                self.updates = planner_of(args, step_model(args, fit), args.temperature)
+                processes = Processes()
+                self.updates = planner_of(args, step_model(args, fit, processes), args.temperature, processes)
             self.optimizer_steps = OptimizerSteps(self, fit)
             self.add_callback(self.optimizer_steps)
         self.add_callback(RoundedAway(self))  # after the other, which gives the step its learning rate

@@ -18,14 +18,21 @@ from capo_rl.runs.saved_state import STATE_FILE, load_state, save_state
 logger = logging.getLogger(__name__)
 
 
-def save_beside(folder: Path, updates: Updates, region: TrustRegion | None, counters: Mapping[str, Any]) -> None:
-    """Write what it takes to go on, with the engine's `counters`, beside what verl has written into a folder."""
-    known = {
-        "engine": dict(counters),
-        "region": {} if region is None else region.state_dict(),
-        "predicts": isinstance(updates, Planner),
-    }
-    save_state(folder / STATE_FILE, updates.state_dict(), known)
+def save_beside(
+    folder: Path, updates: Updates, region: TrustRegion | None, counters: Mapping[str, Any], writes: bool
+) -> None:
+    """Write what it takes to go on, with the engine's `counters`, beside what verl has written into a folder.
+
+    It is the same in every process, so one of them `writes`; of moments that are spread over them each has a part.
+    """
+    tensors = updates.state_dict(here=writes)
+    if writes:
+        known = {
+            "engine": dict(counters),
+            "region": {} if region is None else region.state_dict(),
+            "predicts": isinstance(updates, Planner),
+        }
+        save_state(folder / STATE_FILE, tensors, known)
 
 
 def load_beside(
@@ -41,12 +48,12 @@ def load_beside(
             f"the checkpoint has no {STATE_FILE}: it was not written with CAPO. To start from its weights without "
             "resuming, give the model's folder as actor_rollout_ref.model.path"
         )
-    tensors, known = load_state(folder / STATE_FILE, device)
+    tensors, known = load_state(folder / STATE_FILE, torch.device("cpu"))  # of moments a process may want only a part
     if isinstance(updates, Planner) and not known["predicts"] and not decides:
         logger.warning("%s has no moments of a step model: they start from zero, and are off for a while", folder)
         Updates.load_state_dict(updates, tensors)
     else:
-        updates.load_state_dict(tensors)
+        updates.load_state_dict(tensors, device)
     if region is not None and known["region"]:
         region.load_state_dict(known["region"])
     return known["engine"]

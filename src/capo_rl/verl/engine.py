@@ -374,8 +374,9 @@ class CAPOEngine(FSDPEngineWithLMHead):
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self.updates is not None and self.rank == 0:  # the same in every process, so one of them writes it
-            save_beside(Path(local_path), self.updates, self.region, {name: getattr(self, name) for name in _COUNTERS})
+        if self.updates is not None:
+            counters = {name: getattr(self, name) for name in _COUNTERS}
+            save_beside(Path(local_path), self.updates, self.region, counters, writes=self.rank == 0)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """verl's, and what CAPO has learned where the folder has it; training without it raises.

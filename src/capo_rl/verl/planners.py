@@ -29,14 +29,14 @@ def updates_and_region(
         if settings.predicts:
             model = choose(settings.capo_step, settings.capo_mode, fit_of_optimizer(optimizer))
             check_units(settings, model)
-            step = _step(settings, model, optimizer.param_groups[0])
+            step = _step(settings, model, optimizer.param_groups[0], processes)
             updates: Updates = planner_of(settings, step, temperature, processes)
         else:
             updates = updates_of(settings, temperature, processes)
     return updates, TrustRegion(optimizer, control_of(settings, lr)) if settings.changes_the_run else None
 
 
-def _step(settings: CAPOSettings, model: str, group: dict[str, Any]) -> AdamStep | SGDStep:
+def _step(settings: CAPOSettings, model: str, group: dict[str, Any], processes: Processes) -> AdamStep | SGDStep:
     """The model of the optimizer's step, with the optimizer's own constants."""
     if model == "adam" and not {"betas", "eps"} <= set(group):
         raise ValueError(
@@ -44,4 +44,5 @@ def _step(settings: CAPOSettings, model: str, group: dict[str, Any]) -> AdamStep
             "actor.capo.step=sgd"
         )
     beta1, beta2 = group.get("betas", (0.0, 0.0))
-    return step_of(settings, model, float(group["lr"]), (float(beta1), float(beta2)), float(group.get("eps", 0.0)))
+    betas, eps = (float(beta1), float(beta2)), float(group.get("eps", 0.0))
+    return step_of(settings, model, float(group["lr"]), betas, eps, processes)

@@ -24,8 +24,8 @@ def update_moments(
 ) -> None:
     """Move p and q [R, d] in place, a few rows at a time.
 
-    slots [P]: where the moments of the gradient's rows are; `scale` multiplies the gradient. Moments in bfloat16 are
-    rounded at random with `seed`.
+    slots [P]: where the moments of the gradient's rows are, -1 where another process has them; `scale` multiplies the
+    gradient. Moments in bfloat16 are rounded at random with `seed`.
     """
     size = tile_rows(p.shape[1], p.device)
     chance = torch.Generator(p.device).manual_seed(seed)
@@ -37,10 +37,12 @@ def update_moments(
             else:
                 part.copy_(_stored(part.to(dtype) * beta, moment.dtype, chance))
     for pairs in blocks(len(slots), size):
-        g = gradient.part(pairs).mul_(scale)
+        g, at = gradient.part(pairs).mul_(scale), slots[pairs]
+        if (at < 0).any():
+            g, at = g[at >= 0], at[at >= 0]
         for moment, rest, change in ((p, 1 - betas[0], g), (q, 1 - betas[1], g.square())):
-            new = moment.index_select(0, slots[pairs]).to(dtype).add_(change, alpha=rest)
-            moment.index_copy_(0, slots[pairs], _stored(new, moment.dtype, chance))
+            new = moment.index_select(0, at).to(dtype).add_(change, alpha=rest)
+            moment.index_copy_(0, at, _stored(new, moment.dtype, chance))
 
 
 def fused_update_moments(
