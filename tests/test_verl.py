@@ -33,7 +33,6 @@ if HAS_VERL:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import verl  # noqa: F401 (which loads capo_rl.verl by its own setting)
-        from capo_rl.verl.state import load_state
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
         from verl.workers.engine.base import EngineRegistry
@@ -41,6 +40,7 @@ if HAS_VERL:
         from verl.workers.utils.losses import ppo_loss
         from verl.workers.utils.padding import no_padding_2_padding
 
+        from capo_rl.runs.saved_state import STATE_FILE, load_state
         from capo_rl.verl import AGGREGATIONS, MASKABLE_LOSSES, CAPOActorConfig, CAPOEngine, CAPOSettings
         from verl_cpu import fsdp1_on_cpu, packed, run_trainer, small_run, update, workers_on_ray
 
@@ -848,10 +848,11 @@ def test_verls_workers_on_ray_train_as_one_process_does(engine, tmp_path, worker
         ):
             assert figure[name] == pytest.approx(out["metrics"][name] * len(figure[name]), rel=1e-4), name
     moments = alone.planner.step.state_dict()
-    saved = load_state(str(tmp_path / "checkpoint"), "cpu")
-    assert (saved is None) == (strategy == "fsdp")
+    saved = {}  # verl itself can't save under FSDP1 on CPUs
+    if strategy == "fsdp2":
+        saved, _ = load_state(tmp_path / "checkpoint" / STATE_FILE, torch.device("cpu"))
     for _, state, weights in states:
-        assert saved is None or all(torch.equal(saved[0][f"step.{name}"], each) for name, each in state.items())
+        assert not saved or all(torch.equal(saved[f"step.{name}"], each) for name, each in state.items())
         assert torch.equal(state["rows"], moments["rows"])
         for name in ("p", "q"):
             torch.testing.assert_close(state[name], moments[name], rtol=1e-3, atol=1e-7)
