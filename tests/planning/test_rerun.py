@@ -3,53 +3,67 @@
 import pytest
 import torch
 
-from capo_rl.planning.rerun import Sample
+from capo_rl.planning.rerun import Sample, sizes
 
 
-def masks(sizes: list[int], seed: int) -> list[torch.Tensor]:
-    """Micro-batches of so many completions, about a third of them without a token."""
+def micro_batches(lengths: list[int], seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Masks and advantages of so many completions each; about a third have no token, and many are as large."""
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.rand(size, 1, generator=generator) > 0.3) & torch.ones(size, 3, dtype=torch.bool) for size in sizes]
+    masks = [(torch.rand(n, 1, generator=generator) > 0.3) & torch.ones(n, 3, dtype=torch.bool) for n in lengths]
+    return [(mask, torch.randint(-3, 4, mask.shape, generator=generator).float()) for mask in masks]
 
 
-def chosen(sample: Sample, batches: list[torch.Tensor], seed: int, least: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [sample.rows(mask, torch.randn(int(mask.sum()), generator=generator), least) for mask in batches]
-
-
+@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.25, 1 / 3, 0.9])
-@pytest.mark.parametrize("sizes", [[16], [8, 8], [1] * 16, [2, 1, 5, 8], [3] * 10])
-def test_a_sample_is_a_share_of_the_step_however_it_is_divided(share, sizes):
+@pytest.mark.parametrize("lengths", [[16], [8, 8], [1] * 16, [2, 1, 5, 8], [3] * 10])
+def test_a_sample_is_a_share_of_the_step_however_it_is_divided(share, lengths, known):
     for seed in range(5):
-        batches, sample = masks(sizes, seed), Sample(share)
-        rows = chosen(sample, batches, seed)
-        there = sum(int(mask.any(dim=1).sum()) for mask in batches)
-        # a small micro-batch may have less than is missing, and a later one makes up for it
-        taken = sum(len(each) for each in rows)
-        assert there * share - 1e-6 <= taken < there * share + 1
-        for mask, each in zip(batches, rows, strict=True):
-            assert mask[each].any(dim=1).all()  # none without a token
-            assert torch.equal(each, each.unique())  # ascending, none twice
+        batches, sample = micro_batches(lengths, seed), Sample(share)
+        every = torch.cat([sizes(mask, advantages) for mask, advantages in batches])
+        if known:
+            sample.expect(every)
+        taken = []
+        for mask, advantages in batches:
+            rows = sample.rows(mask, advantages)
+            assert mask[rows].any(dim=1).all()  # none without a token
+            assert torch.equal(rows, rows.unique())  # ascending, none twice
+            taken += sizes(mask, advantages)[rows].tolist()
+        there = int((every >= 0).sum())
+        assert there * share - 1e-6 <= len(taken) < there * share + 1
+        if known:  # the largest of the step
+            assert sorted(taken, reverse=True) == every.sort(descending=True).values[: len(taken)].tolist()
 
 
 def test_the_first_completion_with_tokens_is_always_in_the_sample():
-    sample = Sample(0.01)
-    assert sample.rows(torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0)).tolist() == []
-    assert sample.rows(torch.tensor([[False], [True]]), torch.zeros(1)).tolist() == [1]
-    assert sample.rows(torch.tensor([[True]]), torch.ones(1)).tolist() == []
+    sample, nothing = Sample(0.01), torch.zeros(2, 3, dtype=torch.bool)
+    assert sample.rows(nothing, torch.ones(2, 3)).tolist() == []
+    assert sample.rows(torch.tensor([[False], [True]]), torch.ones(2, 1)).tolist() == [1]
+    assert sample.rows(torch.tensor([[True]]), torch.ones(1, 1)).tolist() == []
 
 
-def test_with_shards_one_takes_part_in_each_pass():
-    batches = [*masks([1] * 8, 0), torch.zeros(3, 3, dtype=torch.bool)]
-    assert [len(rows) for rows in chosen(Sample(0.25), batches, 0, least=1)] == [1] * 9
+@pytest.mark.parametrize("known", [False, True])
+def test_with_shards_one_takes_part_in_each_pass(known):
+    batches = [*micro_batches([1] * 8, 0), (torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 3))]
+    sample = Sample(0.25)
+    if known:
+        sample.expect(torch.cat([sizes(*batch) for batch in batches]))
+    assert [len(sample.rows(*batch, least=1)) for batch in batches] == [1] * 9
 
 
 def test_of_a_micro_batch_those_with_the_largest_advantages_are_taken():
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
-    advantages = torch.tensor([0.1, 0.1, -3.0, 0.2, 1.0, 0.5])
+    advantages = torch.tensor([[0.1, 0.1], [-3.0, 9.0], [0.2, 1.0], [0.5, 9.0]])
     assert Sample(0.5).rows(mask, advantages).tolist() == [1, 2]
 
 
+def test_an_advantage_that_is_no_number_is_the_largest():
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    advantages = torch.tensor([[1.0], [torch.nan], [torch.inf]])
+    assert sizes(mask, advantages).tolist() == [1, torch.inf, torch.inf]
+    sample = Sample(0.5)
+    sample.expect(sizes(mask, advantages))
+    assert sample.rows(mask, advantages).tolist() == [1, 2]
+
+
 def test_all_are_all():
-    sample = Sample(1.0)
-    assert sample.rows(torch.zeros(2, 3, dtype=torch.bool), torch.zeros(0)).tolist() == [0, 1]
+    assert Sample(1.0).rows(torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3)).tolist() == [0, 1]

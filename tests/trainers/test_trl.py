@@ -754,32 +754,36 @@ def test_kl_is_sampled_among_completions_that_have_tokens(build, dropout):
 
 
 @pytest.mark.parametrize("watch", [False, True])
-def test_kl_is_sampled_from_the_step_and_not_from_each_of_its_micro_batches(build, watch):
-    """With micro-batches of one, all of them were measured, whatever the share."""
+@pytest.mark.parametrize("uses", [1, 2])
+def test_kl_is_sampled_from_the_step_and_not_from_each_of_its_micro_batches(build, watch, uses):
+    """With micro-batches of one, all of them were measured, whatever the share; now the largest of the step are."""
     trainer = build(
         capo_mode="trust_region",
         capo_watch=watch,
         capo_kl_sample=0.25,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
-        max_steps=2,
+        num_iterations=uses,
+        max_steps=4,
     )
-    ran, sampled = [], []
-    measure = trainer.optimizer_steps.measure_kl
+    measure, steps = trainer.optimizer_steps.measure_kl, []
 
     def measure_kl():
-        forwards = trainer.measuring.forwards
-        ran.append([forward.run is not None for forward in forwards])
-        sampled.append(sum(int(forward.sample.sum()) for forward in forwards))
+        forwards, inputs = trainer.measuring.forwards, trainer._buffered_inputs
+        ran = [i for i, forward in enumerate(forwards) if forward.run is not None]
+        assert ran == [i for i, forward in enumerate(forwards) if forward.sample.any()]
+        steps.append(([float(each["advantages"].abs().max()) for each in inputs], ran))
         moved = measure()
-        assert len(moved.kl) == sampled[-1]
+        assert len(moved.kl) == sum(int(forward.sample.sum()) for forward in forwards)
         return moved
 
     trainer.optimizer_steps.measure_kl = measure_kl
     for entry in logs(trainer):
         assert 0 < entry["capo/kl/measured"] <= trainer.args.kl_budget
-    assert all(each == [True, False, False, False, True, False, False, False] for each in ran)
-    assert all(sampled)
+    for advantages, ran in steps:
+        assert len(ran) == 2
+        assert sorted(advantages[i] for i in ran) == sorted(advantages)[-2:]
+    assert len({tuple(ran) for _, ran in steps}) > 1
 
 
 @pytest.mark.parametrize("control", [None, "copy", "optimizer", "learning_rate"])

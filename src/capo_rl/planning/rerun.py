@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,28 +41,48 @@ def random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> I
         _set_random_state(devices, before)
 
 
-@dataclass
+def sizes(
+    mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "sequences time"]
+) -> Float[Tensor, "sequences"]:
+    """The largest |A| of each completion's tokens, a NaN being larger than any; -1 where it has no token."""
+    return advantages.abs().float().nan_to_num(nan=math.inf, posinf=math.inf).where(mask, -1).amax(dim=1)
+
+
 class Sample:
     """Which of a step's completions to measure its update on: a share of those that have tokens, counted over the step.
 
-    Each micro-batch, of whatever size, gives what is missing to ⌈share · completions so far⌉, so the first gives one at
-    least. The gradient moves most what it was made of, so of a micro-batch those with the largest advantages are taken:
-    the estimate is rather too large than too small.
+    The gradient moves most what it was made of, so those with the largest advantages are taken: the estimate is rather
+    too large than too small. Where all of a step are known beforehand (`expect`), these are the largest of the step.
+    Otherwise each micro-batch gives its largest, as many as are missing to ⌈share · completions so far⌉.
 
     >>> mask = torch.tensor([[True, True], [True, False], [False, False]])
     >>> sample = Sample(share=0.5)
-    >>> sample.rows(mask, torch.tensor([0.5, 0.5, -2.0]))
+    >>> sample.rows(mask, torch.tensor([[0.5, 0.5], [-2.0, 0.0], [9.0, 9.0]]))
     tensor([1])
-    >>> sample.rows(mask[:1], torch.tensor([1.0, 1.0])), sample.rows(mask[:1], torch.tensor([1.0, 1.0]))
-    (tensor([0]), tensor([], dtype=torch.int64))
+    >>> sample.expect(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    >>> [sample.rows(mask[:1], torch.full((1, 2), size)).tolist() for size in (1.0, 2.0, 3.0, 4.0)]
+    [[], [], [0], [0]]
     """
 
-    share: float
-    completions: int = 0
-    taken: int = 0
+    def __init__(self, share: float) -> None:
+        self.share = share
+        self._completions = self._taken = 0
+        self._least: float | None = None  # the size of the smallest that are taken, and how many of that size
+        self._ties = 0
+
+    def expect(self, every: Float[Tensor, "completions"]) -> None:
+        """The `sizes` of all completions of the micro-batches that come next."""
+        there = every[every >= 0].sort(descending=True).values
+        if len(there):
+            wanted = self._wanted(len(there))
+            self._least = float(there[wanted - 1])
+            self._ties = wanted - int((there > self._least).sum())
 
     def rows(
-        self, mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "tokens"], least: int = 0
+        self,
+        mask: Bool[Tensor, "sequences time"],
+        advantages: Float[Tensor, "sequences time"],
+        least: int = 0,
     ) -> Int[Tensor, "rows"]:
         """Those of the coming micro-batch, whose tokens are `mask`, ascending.
 
@@ -73,15 +92,21 @@ class Sample:
         rows = torch.arange(len(mask), device=mask.device)
         if self.share >= 1:
             return rows
-        there = rows[mask.any(dim=1)]
-        self.completions += len(there)
-        wanted = math.ceil(self.share * self.completions - 1e-9)  # 0.1 · 30 is a little above 3
-        size = torch.zeros(mask.shape, device=mask.device)
-        size[mask] = advantages.abs().float()
-        largest = size.amax(dim=1)[there].argsort(descending=True, stable=True)
-        chosen = there[largest[: max(least, wanted - self.taken)]].sort().values
-        self.taken += len(chosen)
+        size = sizes(mask, advantages)
+        largest = size.argsort(descending=True, stable=True)[: int((size >= 0).sum())]
+        self._completions += len(largest)
+        if self._least is None:
+            wanted = self._wanted(self._completions) - self._taken
+        else:
+            above, tied = int((size > self._least).sum()), int((size == self._least).sum())
+            wanted = above + min(tied, self._ties)
+            self._ties -= wanted - above
+        chosen = largest[: max(least, wanted)].sort().values
+        self._taken += len(chosen)
         return chosen if len(chosen) else rows[:least]
+
+    def _wanted(self, completions: int) -> int:
+        return math.ceil(self.share * completions - 1e-9)  # 0.1 · 30 is a little above 3
 
 
 def reshard(model: nn.Module) -> None:

@@ -170,8 +170,7 @@ class CAPOFields:
     capo_kl_sample: float = field(
         default=0.25,
         metadata={
-            "help": "The share of a step's completions on which KL is measured: of each micro-batch those with the "
-            "largest advantages."
+            "help": "The share of a step's completions on which KL is measured: those with the largest advantages."
         },
     )
     capo_watch: bool = field(

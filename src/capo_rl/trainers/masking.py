@@ -12,6 +12,12 @@ from capo_rl.planning.micro_batch import MicroBatch
 _OWN_ADVANTAGE = 0.05
 
 
+def tokens_of(inputs: dict[str, Any]) -> Tensor:
+    """Which tokens of a micro-batch are in the loss [B, T]."""
+    mask: Tensor = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
 def advantages_of(inputs: dict[str, Any], mask: Tensor) -> Tensor:
     """TRL's advantages, one for each token [B, T]."""
     advantages = inputs["advantages"]

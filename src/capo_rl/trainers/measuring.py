@@ -12,7 +12,9 @@ from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 
-from capo_rl.planning.rerun import Sample, drew, random_numbers, random_state, reshard
+from capo_rl.planning.rerun import Sample, drew, random_numbers, random_state, reshard, sizes
+from capo_rl.trainers.masking import tokens_of
+from capo_rl.trainers.samplers import corrected
 
 # Arguments of TRL's scoring that are not the model's.
 _SCORING = {"logits_to_keep", "batch_size", "compute_entropy", "compute_aux_loss"}
@@ -64,7 +66,9 @@ class Measuring:
         whole = trainer.accelerator.distributed_type in _WHOLE
         # of more inputs it is not known which belong to a completion
         sample = Sample(1.0) if more else self._sample
-        rows = sample.rows(mask, advantages[mask], least=0 if whole else 1)
+        if not self.forwards:
+            self._look_ahead(sizes(mask, advantages))
+        rows = sample.rows(mask, advantages, least=0 if whole else 1)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
         run_on = sampled
@@ -81,6 +85,19 @@ class Measuring:
         else:
             run = partial(self._run_backbone, **inputs)
         self.forwards.append(Forward(run, run_on, sampled[mask], random))
+
+    def _look_ahead(self, first: Tensor) -> None:
+        """Tell the sample of all completions of the coming step, the `first` micro-batch's among them, where they have
+        been generated already: TRL keeps the micro-batches of a generation batch, in their order."""
+        trainer = self.trainer
+        together, generated = trainer.current_gradient_accumulation_steps, trainer._buffered_inputs
+        at = 0 if generated is None else trainer._step % len(generated)
+        step = [] if generated is None else generated[at : at + together]
+        if len(step) == together > 1:
+            every = [sizes(mask := tokens_of(inputs), corrected(trainer, inputs, mask)) for inputs in step]
+            # which it is not where the loss drops sequences by what the policy has become since
+            if torch.equal(every[0], first):
+                self._sample.expect(torch.cat(every))
 
     def hidden_now(self, micro_batch: int) -> Tensor:
         """The hidden states of a micro-batch's sampled tokens under the weights as they are now."""

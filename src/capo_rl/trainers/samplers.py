@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capo_rl.trainers.masking import advantages_of
+from capo_rl.trainers.masking import advantages_of, tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +20,21 @@ def sampled_log_pi(inputs: dict[str, Any], logps: Tensor) -> Tensor | None:
     return None if sampled is None else sampled.where(~sampled.isnan(), logps.detach())
 
 
-def weighed(trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
-    """TRL's advantages [B, T] as its loss weighs them by who sampled: times the ratio that corrects for a sampler with
-    another policy, and zero in a sequence that `off_policy_mask_threshold` drops.
+def corrected(trainer: Any, inputs: dict[str, Any], mask: Tensor) -> Tensor:
+    """TRL's advantages [B, T] times the ratio that corrects for a sampler with another policy.
 
-    With the ratio the mean of A u hᵀ over the sampler's tokens is that over the policy's own; a token without one has
-    no advantage.
+    With it the mean of A u hᵀ over the sampler's tokens is that over the policy's own; a token without one has no
+    advantage.
     """
     advantages, ratio = advantages_of(inputs, mask), inputs.get("importance_sampling_ratio")
-    if ratio is not None and trainer.loss_type != "vespo":  # which has it in another place
-        advantages = advantages * ratio
+    # vespo has it in another place
+    return advantages if ratio is None or trainer.loss_type == "vespo" else advantages * ratio
+
+
+def weighed(trainer: Any, inputs: dict[str, Any], mask: Tensor, logps: Tensor) -> Tensor:
+    """TRL's advantages [B, T] as its loss weighs them by who sampled: `corrected`, and zero in a sequence that
+    `off_policy_mask_threshold` drops."""
+    advantages = corrected(trainer, inputs, mask)
     if trainer.off_policy_mask_threshold is None:
         return advantages
     sampled = sampled_log_pi(inputs, logps)
@@ -51,9 +56,7 @@ class Unscored:
 
     def count(self, trainer: Any, output: dict[str, Any]) -> None:
         """Of a batch of rollouts; collective."""
-        mask = output["completion_mask"].bool()
-        if "tool_mask" in output:
-            mask = mask & output["tool_mask"].bool()
+        mask = tokens_of(output)
         unscored = (output["sampling_per_token_logps"].isnan() & mask).sum()
         some, tokens = trainer.accelerator.reduce(torch.stack([unscored, mask.sum()])).tolist()
         trainer._metrics["train" if trainer.model.training else "eval"]["capo/unscored_tokens"].append(float(some))

@@ -35,7 +35,7 @@ from capo_rl.settings.config import CAPOConfig
 from capo_rl.settings.own import planner_of, updates_of
 from capo_rl.trainers.backbone import Backbone
 from capo_rl.trainers.checks import check_columns, check_deepspeed, check_loss, warn_of_entropy
-from capo_rl.trainers.masking import write_verdicts
+from capo_rl.trainers.masking import tokens_of, write_verdicts
 from capo_rl.trainers.measuring import Measuring
 from capo_rl.trainers.optimizer_steps import OptimizerSteps
 from capo_rl.trainers.rollouts import Unrewarded, amend
@@ -181,9 +181,7 @@ class CAPOTrainer(GRPOTrainer):
         if steps is None or (inputs := steps.coming.unplanned) is None:
             return score(model)
         steps.coming.unplanned = None
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
+        mask = tokens_of(inputs)
         steps.look_ahead()
         before = self.measuring.random_state(model) if steps.measures else []
         with self.backbone.hidden_states(model, logits_to_keep) as hidden:

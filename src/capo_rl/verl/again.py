@@ -29,7 +29,7 @@ def remembered(
     """What it takes to run a micro-batch again on its part of a step's sample, of one completion at least: FSDP has all
     workers take part in each forward pass.
 
-    Its response tokens are `mask` [b, T], their advantages lie in [n]; `before` and `after` is where the generators
+    Its response tokens are `mask` [b, T], with `advantages` [b, T]; `before` and `after` is where the generators
     stood around its forward pass. With random numbers in that pass the same come again only to the same shapes, so then
     the whole micro-batch is run, and the sample is taken from its tokens.
     """

@@ -36,7 +36,7 @@ from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step_model import DECIDING
 from capo_rl.planning.micro_batch import MicroBatch, Seen, check_hooked
 from capo_rl.planning.planner import Planner
-from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard
+from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard, sizes
 from capo_rl.planning.telemetry import rank_correlation, synchronise
 from capo_rl.planning.trust_region import TrustRegion
 from capo_rl.planning.updates import Moved, Updates
@@ -97,6 +97,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if self.updates is not None:
             self.updates.clear()  # of a step that was broken off
         self._figures, self._again, self._sample = {}, [], Sample(self._actor.capo.capo_kl_sample)
+        mask = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
+        self._sample.expect(sizes(mask, weighed_advantages(data)))
         outputs = super().train_batch(data, loss_function)
         self._again = None
         outputs["metrics"] |= {name: [value] for name, value in self._figures.items()}
@@ -281,7 +283,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         assert self._actor is not None
         at = positions(micro_batch, hidden)[rows[mask]]
         actions = micro_batch["input_ids"].values().roll(-1)[rows[mask]]
-        advantages = weighed_advantages(micro_batch)[mask]
+        advantages = weighed_advantages(micro_batch)
         hidden, logits = hidden.flatten(0, 1), logits.flatten(0, 1)
         self._remember(micro_batch, mask, advantages)
 
@@ -294,7 +296,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
             return updates.look(hidden[at[sample]], chunks(at[sample]), actions[sample], sample)
         granularity = self._actor.capo.capo_granularity
         subsets = subset_numbers(granularity, mask, groups(micro_batch) if granularity == "group" else None)
-        return updates.plan(hidden[at], chunks(at), actions, advantages, subsets)
+        return updates.plan(hidden[at], chunks(at), actions, advantages[mask], subsets)
 
     def _watch(self, planned: MicroBatch | Seen, log_probs: Any, rows: Tensor) -> Tensor:
         """The log-probabilities, for the loss to be made of: their gradient tells the tokens' weights."""
