@@ -39,12 +39,12 @@ ROWS: dict[str, dict[str, str]] = {
     "trl-1.13": {"trl": "1.13.0"},
     "transformers-5.20": {"trl": "1.16.0", "transformers": "5.20.2"},
     "transformers-5.10": {"trl": "1.16.0", "transformers": "5.10.4"},
-    "transformers-5.3": {"trl": "1.16.0", "transformers": "5.3.0"},
+    "torch-2.15": {"trl": "1.16.0", "torch": "2.15.0"},
     "torch-2.14": {"trl": "1.16.0", "torch": "2.14.1"},
     "python-3.12": {"python": "3.12"},
     "python-3.13": {"python": "3.13"},
-    # Each of the project's own dependencies at its lower bound (uv's `--resolution lowest-direct`).
-    "lowest": {"resolution": "lowest-direct"},
+    # Each of the project's own dependencies at its lower bound. uv would take the newest datasets all the same.
+    "lowest": {"resolution": "lowest-direct", "datasets": "4.7.0"},
 }
 _NOT_PACKAGES = ("python", "resolution")
 SHOWN = ("trl", "transformers", "torch", "accelerate", "peft", "datasets", "numpy")

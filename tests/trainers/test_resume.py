@@ -58,6 +58,15 @@ def test_resuming_changes_nothing(build, tmp_path, settings):
             assert torch.equal(actual[name], tensor), f"{name} after stopping at step {stopped_at}"
 
 
+def test_moments_load_onto_a_cpu_with_an_index(tmp_path):
+    """Where transformers before 5.18 wants them in each of several processes on CPUs."""
+    torch.save({"exp_avg": torch.ones(2)}, tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", map_location=torch.device("cpu", 0), weights_only=True)
+    assert loaded["exp_avg"].tolist() == [1, 1]
+    with pytest.raises(RuntimeError, match="don't know how to restore"):
+        torch.load(tmp_path / "optimizer.pt", map_location="nowhere:0", weights_only=True)
+
+
 def test_a_checkpoint_holds_rollouts_only_in_the_middle_of_their_use(build, tmp_path):
     build(num_iterations=2, max_steps=2, save_strategy="steps", save_steps=1, **SOME).train()
 

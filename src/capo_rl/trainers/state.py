@@ -19,6 +19,12 @@ logger = logging.getLogger(__name__)
 # Rollouts that are still to be trained on, of each process its own.
 ROLLOUTS_FILE = "capo_rollouts_{process}.safetensors"
 
+# Several processes on CPUs are on "cpu:0" to accelerate. Transformers before 5.18 asks torch to load the optimizer's
+# moments there, and torch knows the place as "cpu" alone.
+torch.serialization.register_package(
+    priority=11, tagger=lambda storage: None, deserializer=lambda storage, to: storage if to == "cpu:0" else None
+)
+
 
 def save_beside(trainer: Any, folder: Path) -> None:
     """Write what a `CAPOTrainer` needs to go on, beside what TRL has written into a checkpoint's folder."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -248,7 +249,9 @@ class CAPOTrainer(GRPOTrainer):
 
     def _noted(self, norm: Any) -> Any:
         if self.optimizer_steps is not None:
-            self.optimizer_steps.coming.norm = None if norm is None else float(norm)
+            # With shards it is a sum still to be made; before torch 2.10 its float() is this process's part of it.
+            whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self.optimizer_steps.coming.norm = None if whole is None else float(whole)
         return norm
 
     def record_figures(self, figures: dict[str, float]) -> None:
