@@ -41,15 +41,6 @@ def test_the_first_completion_with_tokens_is_always_in_the_sample():
     assert sample.rows(torch.tensor([[True]]), torch.ones(1, 1)).tolist() == []
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_with_shards_one_takes_part_in_each_pass(known):
-    batches = [*micro_batches([1] * 8, 0), (torch.zeros(3, 3, dtype=torch.bool), torch.ones(3, 3))]
-    sample = Sample(0.25)
-    if known:
-        sample.expect(torch.cat([sizes(*batch) for batch in batches]))
-    assert [len(sample.rows(*batch, least=1)) for batch in batches] == [1] * 9
-
-
 def test_of_a_micro_batch_those_with_the_largest_advantages_are_taken():
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, False]])
     advantages = torch.tensor([[0.1, 0.1], [-3.0, 9.0], [0.2, 1.0], [0.5, 9.0]])

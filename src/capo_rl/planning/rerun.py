@@ -79,16 +79,9 @@ class Sample:
             self._ties = wanted - int((there > self._least).sum())
 
     def rows(
-        self,
-        mask: Bool[Tensor, "sequences time"],
-        advantages: Float[Tensor, "sequences time"],
-        least: int = 0,
+        self, mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "sequences time"]
     ) -> Int[Tensor, "rows"]:
-        """Those of the coming micro-batch, whose tokens are `mask`, ascending.
-
-        `least`: so many at least, and the first where none has tokens; with shards all processes have to take part in
-        each forward pass.
-        """
+        """Those of the coming micro-batch, whose tokens are `mask`, ascending; it may have none."""
         rows = torch.arange(len(mask), device=mask.device)
         if self.share >= 1:
             return rows
@@ -101,9 +94,9 @@ class Sample:
             above, tied = int((size > self._least).sum()), int((size == self._least).sum())
             wanted = above + min(tied, self._ties)
             self._ties -= wanted - above
-        chosen = largest[: max(least, wanted)].sort().values
+        chosen = largest[:wanted].sort().values
         self._taken += len(chosen)
-        return chosen if len(chosen) else rows[:least]
+        return chosen
 
     def _wanted(self, completions: int) -> int:
         return math.ceil(self.share * completions - 1e-9)  # 0.1 · 30 is a little above 3

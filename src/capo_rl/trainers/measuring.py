@@ -68,13 +68,15 @@ class Measuring:
         sample = Sample(1.0) if more else self._sample
         if not self.forwards:
             self._look_ahead(sizes(mask, advantages))
-        rows = sample.rows(mask, advantages, least=0 if whole else 1)
+        rows = sample.rows(mask, advantages)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
+        if not whole and not len(rows):
+            rows = rows.new_zeros(1)  # for form's sake: with shards all processes take part in a forward pass
         run_on = sampled
         if sample.share < 1 and random is None:
             inputs = {name: value[rows] for name, value in inputs.items()}
-            run_on = mask[rows]
+            run_on = sampled[rows]
         run: Callable[[nn.Module], Any] | None
         if not len(rows):
             run = None

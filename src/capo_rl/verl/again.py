@@ -15,30 +15,32 @@ from capo_rl.planning.rerun import Sample, drew
 @dataclass(frozen=True)
 class Again:
     """A micro-batch to run again, or some of its completions: `sample` [n] marks those of its planned tokens that are
-    measured, and `among` the same where more are run; from the `random` numbers it drew in the loss, if it drew any."""
+    measured, and `among` the same of those that are run; from the `random` numbers it drew in the loss, if it drew any."""
 
     micro_batch: Any
     sample: Tensor
-    among: Tensor | None
+    among: Tensor
     random: list[Tensor] | None
 
 
 def remembered(
     micro_batch: Any, mask: Tensor, advantages: Tensor, step: Sample, before: list[Tensor], after: list[Tensor]
 ) -> Again:
-    """What it takes to run a micro-batch again on its part of a step's sample, of one completion at least: FSDP has all
-    workers take part in each forward pass.
+    """What it takes to run a micro-batch again on its part of a step's sample; without one on its first completion, for
+    form's sake: FSDP has all workers take part in a forward pass.
 
     Its response tokens are `mask` [b, T], with `advantages` [b, T]; `before` and `after` is where the generators
     stood around its forward pass. With random numbers in that pass the same come again only to the same shapes, so then
     the whole micro-batch is run, and the sample is taken from its tokens.
     """
-    rows = step.rows(mask, advantages, least=1)
+    rows = step.rows(mask, advantages)
     sampled = torch.zeros_like(mask)
     sampled[rows] = mask[rows]
     sample = sampled[mask]
     if drew(before, after):
         return Again(micro_batch, sample, sample, before)
+    if not len(rows):
+        rows = rows.new_zeros(1)
     if len(rows) < len(mask):
         micro_batch = tensordict_utils.index_select_tensor_dict(micro_batch, rows)
-    return Again(micro_batch, sample, None, None)
+    return Again(micro_batch, sample, sampled[rows][mask[rows]], None)

@@ -243,7 +243,7 @@ class CAPOEngine(FSDPEngineWithLMHead):
         rows, mask = response_rows(micro_batch)
         if self._measured is not None:
             at = positions(micro_batch, hidden)[rows[mask]]
-            self._logits = logits.flatten(0, 1)[at if self._measured.among is None else at[self._measured.among]]
+            self._logits = logits.flatten(0, 1)[at[self._measured.among]]
             return {}
         with torch.autocast(hidden.device.type, enabled=False):  # shifts need more digits than a forward pass
             # before the engine's own work, which may scale the logits in place
