@@ -85,6 +85,15 @@ def ends(runs: Runs) -> str:
     return ", ".join(f"{final_accuracy(run):.2f}{' (dead)' if collapse(run) is not None else ''}" for run in runs)
 
 
+def spread(runs: Runs) -> str:
+    """The mean accuracy at the end, from the worst seed to the best, and how many are dead."""
+    if not runs:
+        return ""
+    found = [final_accuracy(run) for run in runs]
+    lost = f"; {out_of(runs)} dead" if dead(runs) else ""
+    return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f}{lost})"
+
+
 def median_to_target(bench: str, *names: str) -> float:
     """The completions to the target, in the median of the runs of one arm or several."""
     median = completions_to_target(*reached([run for name in names for run in arms(bench)[name]])).median
@@ -443,11 +452,20 @@ def off_policy() -> str:
     methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
     settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16")
     rows = [
-        [setting + rate, *(ends(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]
+        [setting + rate, *(spread(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]
         for rate in ("", ", lr 1e-4", ", lr 1e-3")
         for setting in settings
     ]
     return markdown(["", *methods], [row for row in rows if any(row[1:])])
+
+
+def off_policy_bounds() -> str:
+    found, settings = arms("off_policy_bounds"), ("lag 4", "lag 16", "5 uses")
+    rules = dict.fromkeys(name.split(", ")[1] for name in found)
+    return markdown(
+        ["rule and bound", *settings],
+        [[rule, *(ends(found.get(f"{setting}, {rule}", [])) for setting in settings)] for rule in sorted(rules)],
+    )
 
 
 def off_policy_at(rate: float, default: bool = False) -> Runs:
@@ -787,6 +805,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper-sizes": paper_sizes,
     "everywhere": everywhere,
     "off-policy": off_policy,
+    "off-policy-bounds": off_policy_bounds,
     "units": units,
     "main-lengths": main_lengths,
     "sharpness": sharpness,

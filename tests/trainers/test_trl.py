@@ -786,6 +786,24 @@ def test_kl_is_sampled_from_the_step_and_not_from_each_of_its_micro_batches(buil
     assert len({tuple(ran) for _, ran in steps}) > 1
 
 
+def test_an_update_is_measured_alike_however_its_step_is_divided(build):
+    runs = [
+        logs(
+            build(
+                capo_mode="trust_region",
+                capo_kl_sample=0.25,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=8 // size,
+                max_steps=3,
+            )
+        )
+        for size in (8, 4, 1)
+    ]
+    for name in ("capo/kl/measured", "capo/learning_rate"):
+        whole, *divided = [[entry[name] for entry in run] for run in runs]
+        assert all(each == pytest.approx(whole, rel=1e-3) for each in divided), name
+
+
 @pytest.mark.parametrize("control", [None, "copy", "optimizer", "learning_rate"])
 def test_a_step_without_tokens_is_not_measured_and_left_out_under_a_budget(build, control):
     budget = {} if control is None else {"capo_kl_budget": 10.0, "capo_kl_control": control}

@@ -15,7 +15,7 @@ from capo_rl.planning.rerun import Sample, drew
 @dataclass(frozen=True)
 class Again:
     """A micro-batch to run again, or some of its completions: `sample` [n] marks those of its planned tokens that are
-    measured, and `among` the same of those that are run; from the `random` numbers it drew in the loss, if it drew any."""
+    measured, and `among` the same of those that are run; from the `random` numbers it drew in the loss, if any."""
 
     micro_batch: Any
     sample: Tensor
