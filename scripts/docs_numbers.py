@@ -449,7 +449,7 @@ def off_policy_runs() -> Arms:
 
 def off_policy() -> str:
     found = off_policy_runs()
-    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "negative rejected")
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "largest", "negative rejected")
     settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16")
     rows = [
         [setting + rate, *(spread(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]

@@ -147,7 +147,7 @@ def _range_figure(arms: Arms, path: Path) -> Path | None:
 
 def _off_policy(arms: Arms, path: Path) -> Path | None:
     """A sampler whose weights are those of 16 steps ago: accuracy, and how far the policy is from it."""
-    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected")
+    methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "largest")
     names = [name for method in methods if (name := f"{method}, lag 16") in arms]
     if not names:
         return None
