@@ -480,6 +480,11 @@ def off_policy_at(rate: float, default: bool = False) -> Runs:
     ]
 
 
+def lagged(method: str) -> Runs:
+    """The runs of a method under every lag, at the rate that all have in common."""
+    return [run for steps in (1, 4, 16) for run in arms("off_policy")[f"{method}, lag {steps}"]]
+
+
 def away(name: str) -> str:
     """The median over an arm's steps of the KL of the policy from its sampler."""
     found = [kl for run in arms("off_policy")[name] for kl in finite(run["curves"]["off_policy/kl"])]
@@ -865,6 +870,11 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "off-policy/default/runs": lambda: str(len(off_policy_at(1e-2, default=True))),
     "off-policy/default/kl": lambda: away("default, lag 16"),
     "off-policy/GRPO/kl": lambda: away("GRPO, lag 16"),
+    **{
+        f"off-policy/lags/{method}": lambda method=method: out_of(lagged(method))
+        for method in ("GRPO", "truncated", "masked", "TV mask", "rejected", "largest")
+    },
+    "off-policy/lags/runs": lambda: str(len(lagged("TV mask"))),
     "off-policy/3e-4/dead": lambda: str(dead(off_policy_at(3e-4))),
     "off-policy/3e-4/runs": lambda: str(len(off_policy_at(3e-4))),
     "off-policy/1e-4/dead": lambda: str(dead(off_policy_at(1e-4))),
