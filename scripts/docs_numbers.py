@@ -877,6 +877,8 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "off-policy/lags/runs": lambda: str(len(lagged("TV mask"))),
     "off-policy/3e-4/dead": lambda: str(dead(off_policy_at(3e-4))),
     "off-policy/3e-4/runs": lambda: str(len(off_policy_at(3e-4))),
+    "off-policy/1e-3/dead": lambda: str(dead(off_policy_at(1e-3))),
+    "off-policy/1e-3/runs": lambda: str(len(off_policy_at(1e-3))),
     "off-policy/1e-4/dead": lambda: str(dead(off_policy_at(1e-4))),
     "off-policy/1e-4/runs": lambda: str(len(off_policy_at(1e-4))),
     "doctor/dead": lambda: str(doctor()["dead"]),
