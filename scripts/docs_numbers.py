@@ -193,8 +193,8 @@ def what_it_does() -> str:
                 "",
             ],
             [
-                "[a sampler that lags](results/off_policy/tables/off_policy.md) by 1, 4 or 16 steps; GRPO at 3e-4, its best "
-                "without a lag: collapsed",
+                "[a sampler that lags](results/off_policy/tables/off_policy.md) by 1, 4 or 16 steps; GRPO at 3e-4, its "
+                "best without a lag: collapsed",
                 f"**{out_of(lagged('default'))}**",
                 f"{out_of(lagged('GRPO'))}, {out_of(lagged('masked'))} with TRL's correction",
                 "",
