@@ -878,7 +878,7 @@ NUMBERS: dict[str, Callable[[], str]] = {
     "off-policy/default/kl": lambda: away("default, lag 16"),
     "off-policy/GRPO/kl": lambda: away("GRPO, lag 16"),
     **{
-        f"off-policy/lags/{method}": lambda method=method: str(dead(lagged(method)))
+        f"off-policy/lags/{method.replace(' ', '-')}": lambda method=method: str(dead(lagged(method)))
         for method in ("GRPO", "truncated", "masked", "TV mask", "rejected", "largest")
     },
     "off-policy/lags/runs": lambda: str(len(lagged("TV mask"))),
