@@ -85,7 +85,7 @@ def ends(runs: Runs) -> str:
     return ", ".join(f"{final_accuracy(run):.2f}{' (dead)' if collapse(run) is not None else ''}" for run in runs)
 
 
-def spread(runs: Runs) -> str:
+def mean_and_reach(runs: Runs) -> str:
     """The mean accuracy at the end, from the worst seed to the best, and how many are dead."""
     if not runs:
         return ""
@@ -459,7 +459,7 @@ def off_policy() -> str:
     methods = ("default", "GRPO", "truncated", "masked", "TV mask", "rejected", "largest", "negative rejected")
     settings = ("none", "2 uses", "5 uses", "lag 1", "lag 4", "lag 16")
     rows = [
-        [setting + rate, *(spread(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]
+        [setting + rate, *(mean_and_reach(found.get(f"{method}, {setting}{rate}", [])) for method in methods)]
         for rate in ("", ", lr 1e-4", ", lr 1e-3")
         for setting in settings
     ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import warm
-from capo_rl.trainers.state import STATE_FILE
+from capo_rl.runs.saved_state import STATE_FILE
 
 OPEN = {"capo_fisher_threshold": None, "capo_hessian_low": None, "capo_hessian_high": None}
 SOME = {"capo_fisher_threshold": 0.01, "capo_hessian_low": -0.2, "capo_hessian_high": 0.2}

@@ -159,6 +159,15 @@ def check_hooked(layer: LastLayer, log_pi: Float[Tensor, "tokens"], half: bool, 
         )
 
 
+def check_left_out(gradient: Float[Tensor, "rejected"], fix: str) -> None:
+    """Raises `RuntimeError`, ending in the `fix`, where rejected tokens have a gradient of log π(a): the loss has not
+    read the advantages it was given. With a loss of NaN all tokens have one."""
+    if (gradient[gradient.isfinite()] != 0).any():
+        raise RuntimeError(
+            f"a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: {fix}"
+        )
+
+
 def _watch(batch: Seen | MicroBatch, log_pi: Tensor, mask: Tensor, seen: Tensor, loss_scale: float) -> None:
     """Have the backward pass tell the weights of the tokens that `mask` [B, T] marks; `seen` marks the layer's.
 

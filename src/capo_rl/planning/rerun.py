@@ -44,8 +44,9 @@ def random_numbers(devices: list[torch.device], start: list[Tensor] | None) -> I
 def sizes(
     mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "sequences time"]
 ) -> Float[Tensor, "sequences"]:
-    """The largest |A| of each completion's tokens, a NaN being larger than any; -1 where it has no token."""
-    return advantages.abs().float().nan_to_num(nan=math.inf, posinf=math.inf).where(mask, -1).amax(dim=1)
+    """The largest |A| of each completion's tokens, a NaN being larger than any; -1 where it has no token. On the CPU,
+    where the choice between a few numbers waits for a GPU once."""
+    return advantages.abs().float().nan_to_num(nan=math.inf, posinf=math.inf).where(mask, -1).amax(dim=1).cpu()
 
 
 class Sample:
@@ -82,9 +83,8 @@ class Sample:
         self, mask: Bool[Tensor, "sequences time"], advantages: Float[Tensor, "sequences time"]
     ) -> Int[Tensor, "rows"]:
         """Those of the coming micro-batch, whose tokens are `mask`, ascending; it may have none."""
-        rows = torch.arange(len(mask), device=mask.device)
         if self.share >= 1:
-            return rows
+            return torch.arange(len(mask), device=mask.device)
         size = sizes(mask, advantages)
         largest = size.argsort(descending=True, stable=True)[: int((size >= 0).sum())]
         self._completions += len(largest)
@@ -96,7 +96,7 @@ class Sample:
             self._ties -= wanted - above
         chosen = largest[:wanted].sort().values
         self._taken += len(chosen)
-        return chosen
+        return chosen.to(mask.device)
 
     def _wanted(self, completions: int) -> int:
         return math.ceil(self.share * completions - 1e-9)  # 0.1 · 30 is a little above 3

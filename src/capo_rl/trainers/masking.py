@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from capo_rl.planning.micro_batch import MicroBatch
+from capo_rl.planning.micro_batch import MicroBatch, check_left_out
 
 # How much of a token's gradient may, by rounding, not be that of its own advantage.
 _OWN_ADVANTAGE = 0.05
@@ -53,13 +53,8 @@ def write_verdicts(
         check()
 
     def check_rejected(gradient: Tensor) -> None:
-        # With a KL term a rejected token still has a gradient, and with a loss of NaN all have one.
-        left = gradient[mask][~planned.keep]
-        if not kl_term and (left[left.isfinite()] != 0).any():
-            raise RuntimeError(
-                "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: "
-                "this version of TRL is not supported"
-            )
+        if not kl_term:  # which gives a rejected token a gradient
+            check_left_out(gradient[mask][~planned.keep], "this version of TRL is not supported")
         gradients["log_prob"] = gradient[mask]
         check()
 

@@ -66,8 +66,8 @@ class Measuring:
         whole = trainer.accelerator.distributed_type in _WHOLE
         # of more inputs it is not known which belong to a completion
         sample = Sample(1.0) if more else self._sample
-        if not self.forwards:
-            self._look_ahead(sizes(mask, advantages))
+        if sample.share < 1 and not self.forwards:
+            self._look_ahead(mask, advantages)
         rows = sample.rows(mask, advantages)
         sampled = torch.zeros_like(mask)
         sampled[rows] = mask[rows]
@@ -88,18 +88,21 @@ class Measuring:
             run = partial(self._run_backbone, **inputs)
         self.forwards.append(Forward(run, run_on, sampled[mask], random))
 
-    def _look_ahead(self, first: Tensor) -> None:
-        """Tell the sample of all completions of the coming step, the `first` micro-batch's among them, where they have
-        been generated already: TRL keeps the micro-batches of a generation batch, in their order."""
+    def _look_ahead(self, mask: Tensor, advantages: Tensor) -> None:
+        """Tell the sample of all completions of the coming step, where they have been generated already: TRL keeps the
+        micro-batches of a generation batch, in their order. `mask` and `advantages` [b, T] are the first one's."""
         trainer = self.trainer
         together, generated = trainer.current_gradient_accumulation_steps, trainer._buffered_inputs
-        at = 0 if generated is None else trainer._step % len(generated)
-        step = [] if generated is None else generated[at : at + together]
-        if len(step) == together > 1:
-            every = [sizes(mask := tokens_of(inputs), corrected(trainer, inputs, mask)) for inputs in step]
-            # which it is not where the loss drops sequences by what the policy has become since
-            if torch.equal(every[0], first):
-                self._sample.expect(torch.cat(every))
+        if together == 1 or generated is None:
+            return
+        first = trainer._step % len(generated)
+        step = generated[first : first + together]
+        if len(step) < together:
+            return
+        every = [sizes(of := tokens_of(inputs), corrected(trainer, inputs, of)) for inputs in step]
+        # they differ where the loss drops sequences by what the policy has become since
+        if torch.equal(every[0], sizes(mask, advantages)):
+            self._sample.expect(torch.cat(every))
 
     def hidden_now(self, micro_batch: int) -> Tensor:
         """The hidden states of a micro-batch's sampled tokens under the weights as they are now."""

@@ -42,11 +42,16 @@ def weighed_advantages(micro_batch: Any) -> Tensor:
     return advantages * padded["rollout_is_weights"] if "rollout_is_weights" in padded else advantages
 
 
+def response_mask(batch: Any) -> Tensor:
+    """Which response tokens are in the loss [B, T]."""
+    mask: Tensor = batch.select("response_mask").to_padded_tensor()["response_mask"]
+    return mask.bool()
+
+
 def response_rows(micro_batch: Any) -> tuple[Tensor, Tensor]:
     """For each response token [B, T]: which of the packed tokens predicts it, and whether it is in the loss."""
     packed = torch.arange(len(micro_batch["input_ids"].values()), device=micro_batch["input_ids"].device)
-    mask = micro_batch.select("response_mask").to_padded_tensor()["response_mask"].bool()
-    return no_padding_2_padding(packed, micro_batch), mask
+    return no_padding_2_padding(packed, micro_batch), response_mask(micro_batch)
 
 
 def positions(micro_batch: Any, hidden: Tensor) -> Tensor:

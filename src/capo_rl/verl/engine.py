@@ -34,7 +34,7 @@ from capo_rl.curvature.last_layer import logit_rows
 from capo_rl.curvature.processes import Processes
 from capo_rl.curvature.selection import subset_numbers
 from capo_rl.curvature.step_model import DECIDING
-from capo_rl.planning.micro_batch import MicroBatch, Seen, check_hooked
+from capo_rl.planning.micro_batch import MicroBatch, Seen, check_hooked, check_left_out
 from capo_rl.planning.planner import Planner
 from capo_rl.planning.rerun import Sample, random_numbers, random_state, reshard, sizes
 from capo_rl.planning.telemetry import rank_correlation, synchronise
@@ -43,7 +43,7 @@ from capo_rl.planning.updates import Moved, Updates
 from capo_rl.runs.models import check_head
 from capo_rl.verl.actor import AGGREGATIONS, CAPOActorConfig, actor_config
 from capo_rl.verl.again import Again, remembered
-from capo_rl.verl.batches import groups, positions, response_rows, temperature, weighed_advantages
+from capo_rl.verl.batches import groups, positions, response_mask, response_rows, temperature, weighed_advantages
 from capo_rl.verl.checkpoints import check_workers, load_beside, save_beside
 from capo_rl.verl.planners import updates_and_region
 from capo_rl.verl.settings import CAPOSettings
@@ -97,8 +97,8 @@ class CAPOEngine(FSDPEngineWithLMHead):
         if self.updates is not None:
             self.updates.clear()  # of a step that was broken off
         self._figures, self._again, self._sample = {}, [], Sample(self._actor.capo.capo_kl_sample)
-        mask = data.select("response_mask").to_padded_tensor()["response_mask"].bool()
-        self._sample.expect(sizes(mask, weighed_advantages(data)))
+        if self._sample.share < 1:
+            self._sample.expect(sizes(response_mask(data), weighed_advantages(data)))
         outputs = super().train_batch(data, loss_function)
         self._again = None
         outputs["metrics"] |= {name: [value] for name, value in self._figures.items()}
@@ -306,8 +306,10 @@ class CAPOEngine(FSDPEngineWithLMHead):
         mask[rows] = True  # in the order of the rows: a response's tokens follow one another, and so do sequences
         planned.watch(values, mask, self._loss_scale())
 
+        # a KL penalty gives a rejected token a gradient
         if isinstance(planned, MicroBatch) and self._actor.capo.capo_mode == "mask" and not self._actor.use_kl_loss:
-            values.register_hook(partial(_check_rejected, mask, planned.keep))
+            rejected, fix = ~planned.keep, "use another policy_loss.loss_mode, or capo.mode=monitor"
+            values.register_hook(lambda gradient: check_left_out(gradient[mask][rejected], fix))
         return torch.nested.nested_tensor_from_jagged(values, log_probs.offsets())
 
     def _remember(self, micro_batch: Any, mask: Tensor, advantages: Tensor) -> None:
@@ -391,14 +393,3 @@ class CAPOEngine(FSDPEngineWithLMHead):
             return
         self.updates = self.region = None  # made anew, from what was saved
         self._restored = Path(local_path)
-
-
-def _check_rejected(mask: Tensor, keep: Tensor, gradient: Tensor) -> None:
-    """In the backward pass: raises `RuntimeError` where a rejected token has a gradient. With a KL penalty it would,
-    and with a loss of NaN all have one."""
-    left = gradient[mask][~keep]
-    if (left[left.isfinite()] != 0).any():
-        raise RuntimeError(
-            "a rejected token still has a gradient, so the loss did not read the advantages CAPO wrote: use another "
-            "policy_loss.loss_mode, or capo.mode=monitor"
-        )
